@@ -1,0 +1,444 @@
+"""ONNX export: a trained model as a checked file with integer weights, proved on real inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnxscript import opset20 as op
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_compress.errors import ExportError, ParityError
+from lightning_compress.export.audit import AuditReport, audit
+from lightning_compress.export.lowering import grid_of, lower
+from lightning_compress.export.parity import ParityReport, compare_outputs, first_difference
+from lightning_compress.export.session import import_onnxruntime, open_session, run_session
+from lightning_compress.graph import forward_signature
+from lightning_compress.quantization import quantization_of
+
+OPSET = 20
+MIN_SNR_DB_INTEGER = 20.0
+"""Under this signal-to-noise ratio an integer file does not compute the model: integer kernels round ties otherwise
+than float ones, which moves single values by a step, but stays far above it."""
+MIN_SNR_DB_FLOAT = 60.0
+"""The same for a float file."""
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+"""Inputs of a forward: one tensor, positional arguments, or keyword arguments."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An exported file and the proofs made on it.
+
+    Attributes:
+        path: The file.
+        input_names: Names of its inputs.
+        output_names: Names of its outputs.
+        has_dynamic_batch: Whether its first dimension takes any size.
+        parity: How near it is to the model in PyTorch.
+        audit: What ONNX Runtime runs in integers.
+    """
+
+    path: Path
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    has_dynamic_batch: bool
+    parity: ParityReport
+    audit: AuditReport
+
+    def to_text(self) -> str:
+        """Return the result as a few lines."""
+        return f"{self.path}\nparity on {self.parity.to_text()}\n{self.audit.to_text()}"
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: Inputs,
+    path: str | os.PathLike[str],
+    *,
+    verify_inputs: Sequence[Inputs] = (),
+    progress: Callable[[str], None] | None = None,
+) -> ExportResult:
+    """Write ``model`` to an ONNX file, check it, and prove that it computes what the model computes.
+
+    A model that is quantizing (see `prepare`) becomes standard QuantizeLinear/DequantizeLinear with int8 weights,
+    int32 biases and batch norms folded; any other becomes a float file. The model itself is not changed: a deep copy
+    is exported, in eval mode and float32, on the CPU. The file is written under a temporary name, checked, and then
+    renamed.
+
+    Args:
+        model: Any module; a LightningModule is exported through its ``forward``.
+        example_inputs: Inputs of the forward: a tensor, a tuple of positional or a dict of keyword arguments. The
+            first dimension of every tensor is the batch.
+        path: Where to write; ``.onnx`` is the usual suffix.
+        verify_inputs: Batches to compare on, each like ``example_inputs``; by default the example alone.
+        progress: Told what is going on, a few words at a time.
+
+    Returns:
+        Names of the file's inputs and outputs, the parity and the audit.
+
+    Raises:
+        ExportError: If the model cannot be exported or the file is not valid.
+        ParityError: If the file, which is kept, does not compute what the model computes.
+
+    Example:
+        >>> folder = tempfile.mkdtemp()
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> result = export_onnx(net, torch.rand(2, 4), f"{folder}/model.onnx")
+        >>> result.input_names, result.has_dynamic_batch, result.parity.samples
+        (('input',), True, 2)
+    """
+    tell = progress or (lambda message: None)
+    path = Path(path)
+    import_onnxruntime()
+    args, kwargs = as_arguments(example_inputs)
+    names: list[str] = []
+    tell("lowering")
+    lowered = lower(model, names)
+    args, kwargs = _at_least_two_samples(args, kwargs)
+    with torch.no_grad():
+        outputs = lowered(*args, **kwargs)
+    steps = [grid.scale for grid in map(grid_of, pytree.tree_leaves(outputs)) if grid is not None]
+    names.clear()
+    tell("writing")
+    input_names, output_names = _input_names(lowered, args, kwargs), _output_names(outputs)
+    proto, is_dynamic = _to_onnx(lowered, args, kwargs, input_names, output_names, names)
+    _write(proto, path)
+    tell("verifying")
+    batches = [as_arguments(inputs) for inputs in verify_inputs] or [as_arguments(example_inputs)]
+    report = _verify(model, path, batches, input_names, min(steps) if steps else None)
+    tell("auditing")
+    return ExportResult(path, tuple(input_names), tuple(output_names), is_dynamic, report, audit(path))
+
+
+def as_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return ``inputs`` as positional and keyword arguments on the CPU.
+
+    Example:
+        >>> as_arguments({"x": 1}), as_arguments((1, 2))
+        (((), {'x': 1}), ((1, 2), {}))
+    """
+    if isinstance(inputs, Mapping):
+        args, kwargs = (), dict(inputs)
+    elif isinstance(inputs, Tensor):
+        args, kwargs = (inputs,), {}
+    else:
+        args, kwargs = tuple(inputs), {}
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+        Tensor, lambda tensor: _plain(tensor), (args, kwargs)
+    )
+    return found
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+class _Entry(nn.Module):
+    """Takes the tensors of a call one by one, so that the file's inputs are flat, and calls the model."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        self.constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+
+    def forward(self, *tensors: Tensor) -> Any:
+        remaining = iter(tensors)
+        leaves = [next(remaining) if constant is None else constant[0] for constant in self.constants]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return self.model(*args, **kwargs)
+
+
+def _to_onnx(
+    lowered: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    input_names: list[str],
+    output_names: list[str],
+    names: list[str],
+) -> tuple[onnx.ModelProto, bool]:
+    entry = _Entry(lowered, args, kwargs).eval()
+    tensors = tuple(tensors_of(args, kwargs))
+    batch = torch.export.Dim.DYNAMIC
+    shapes = (tuple({0: batch} if tensor.dim() else None for tensor in tensors),)
+    with _quiet(), torch.no_grad():
+        is_dynamic = True
+        try:
+            program = torch.export.export(entry, tensors, dynamic_shapes=shapes, strict=False)
+        except Exception:  # whatever stands in the way of a free batch size, a fixed one may still do
+            is_dynamic = False
+            names.clear()
+            try:
+                program = torch.export.export(entry, tensors, strict=False)
+            except Exception as error:  # user code under the exporter may raise anything
+                raise ExportError(
+                    f"`torch.export` cannot follow the forward of `{type(lowered).__name__}`: {_first_line(error)} "
+                    "Export the part of the model that it can follow, see the `module` argument."
+                ) from error
+        try:
+            exported = torch.onnx.export(
+                program,
+                tensors,
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=input_names,
+                output_names=output_names,
+                custom_translation_table=_translations(program),
+            )
+        except Exception as error:  # the converter raises many kinds of errors
+            raise ExportError(f"The ONNX converter failed: {_first_line(error)}") from error
+    assert exported is not None
+    proto: onnx.ModelProto = exported.model_proto
+    _rename(proto, names)
+    return proto, is_dynamic
+
+
+def _translations(program: torch.export.ExportedProgram) -> dict[Callable[..., Any], Callable[..., Any]]:
+    quantized = torch.ops.quantized_decomposed
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        quantized.quantize_per_tensor.default: _quantize_per_tensor,
+        quantized.dequantize_per_tensor.default: _dequantize_per_tensor,
+        quantized.dequantize_per_channel.default: _dequantize_per_channel,
+    }
+    pools = [node for node in program.graph.nodes if node.target is torch.ops.aten.adaptive_avg_pool2d.default]
+    if pools and all(list(node.args[1]) == [1, 1] for node in pools):
+        # Decomposed it would be a ReduceMean, for which runtimes have no integer kernel.
+        table[torch.ops.aten.adaptive_avg_pool2d.default] = _global_average_pool
+    return table
+
+
+def _quantize_per_tensor(
+    input: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int
+) -> Any:
+    integers = op.QuantizeLinear(input, _float_constant(scale), _uint8_constant(zero_point))
+    if quant_max < 255:
+        integers = op.Clip(integers, _uint8_constant(quant_min), _uint8_constant(quant_max))
+    return integers
+
+
+def _dequantize_per_tensor(
+    input: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int, out_dtype: int = -1
+) -> Any:
+    return op.DequantizeLinear(input, _float_constant(scale), _uint8_constant(zero_point))
+
+
+def _dequantize_per_channel(
+    input: Any,
+    scales: Any,
+    zero_points: Any,
+    axis: int,
+    quant_min: int,
+    quant_max: int,
+    dtype: int,
+    out_dtype: int = -1,
+) -> Any:
+    # The zero points are all zero and could be left out, but then ONNX Runtime finds no integer Gemm.
+    kind = onnx.TensorProto.INT8 if quant_max == 127 else onnx.TensorProto.INT32
+    return op.DequantizeLinear(input, scales, op.Cast(zero_points, to=kind), axis=axis)
+
+
+def _global_average_pool(self: Any, output_size: Sequence[int]) -> Any:
+    return op.GlobalAveragePool(self)
+
+
+def _float_constant(value: float) -> Any:
+    return op.Constant(value=onnx.helper.make_tensor("scale", onnx.TensorProto.FLOAT, [], [value]))
+
+
+def _uint8_constant(value: int) -> Any:
+    return op.Constant(value=onnx.helper.make_tensor("integer", onnx.TensorProto.UINT8, [], [value]))
+
+
+def _rename(proto: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Name operations after the modules they come from, and rounded values after their places."""
+    taken: Counter[str] = Counter()
+    for node in proto.graph.node:
+        scopes = [item.value for item in node.metadata_props if item.key == "pkg.torch.onnx.name_scopes"]
+        path = json.loads(scopes[0].replace("'", '"'))[-2] if scopes and scopes[0].count("'") > 2 else ""
+        path = path.removeprefix("model").removeprefix(".")
+        label = f"{path}/{node.op_type}" if path else node.op_type
+        taken[label] += 1
+        node.name = label if taken[label] == 1 else f"{label}_{taken[label]}"
+        del node.metadata_props[:]
+    quantizes = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
+    if len(quantizes) != len(names):
+        return
+    outputs = {value.name for value in proto.graph.output}
+    renamed: dict[str, str] = {}
+    used: Counter[str] = Counter()
+    readers = {name: node for node in proto.graph.node for name in node.input if node.op_type == "DequantizeLinear"}
+    for node, name in zip(quantizes, names, strict=True):
+        used[name] += 1
+        unique = name if used[name] == 1 else f"{name}#{used[name]}"
+        renamed[node.output[0]] = f"{unique}.quantized"
+        reader = readers.get(node.output[0])
+        if reader is not None and reader.output[0] not in outputs:
+            renamed[reader.output[0]] = f"{unique}.dequantized"
+    for node in proto.graph.node:
+        for values in (node.input, node.output):
+            for position, name in enumerate(values):
+                values[position] = renamed.get(name, name)
+    for value in proto.graph.value_info:
+        value.name = renamed.get(value.name, value.name)
+
+
+def _write(proto: onnx.ModelProto, path: Path) -> None:
+    """Write under a temporary name in the same folder, check, rename: no half file ever stands at ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(suffix=".tmp", prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        onnx.save(proto, temporary)
+        onnx.checker.check_model(temporary, full_check=True)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"The exported model is not valid ONNX: {_first_line(error)}") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _verify(
+    model: nn.Module,
+    path: Path,
+    batches: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
+    input_names: Sequence[str],
+    step: float | None,
+) -> ParityReport:
+    session = open_session(path)
+    positions = [input_names.index(description.name) for description in session.get_inputs()]
+    quantization = quantization_of(model)
+    is_integer = quantization is not None and quantization.is_quantizing
+    expected, found = [], []
+    recorded: list[tuple[str, Tensor]] = []
+    with _evaluating(model):
+        for index, (args, kwargs) in enumerate(batches):
+            if index == 0 and quantization is not None:
+                quantization.recorded = recorded
+            expected.append(_run(model, args, kwargs))
+            if quantization is not None:
+                quantization.recorded = None
+            tensors = tensors_of(args, kwargs)
+            found.append(run_session(session, [tensors[position] for position in positions]))
+    report = compare_outputs(expected, found, step)
+    least = MIN_SNR_DB_INTEGER if is_integer else MIN_SNR_DB_FLOAT
+    if report.snr_db < least:
+        tensors = tensors_of(*batches[0])
+        first = first_difference(path, [tensors[position] for position in positions], recorded, least)
+        raise ParityError(
+            f"`{path}` does not compute what the trained model computes: {report.to_text()}; at least {least:.0f} dB "
+            f"were expected. "
+            + (f"The first layer that differs is `{first}`. " if first else "No single layer stands out. ")
+            + "The file is kept for inspection."
+        )
+    return report
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    parameter = next(model.parameters(), torch.empty(0))
+
+    def placed(tensor: Tensor) -> Tensor:
+        dtype = parameter.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(device=parameter.device, dtype=dtype)
+
+    # Copies: the network may overwrite what it is given.
+    args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: placed(tensor).clone(), (args, kwargs))
+    outputs = model(*args, **kwargs)
+    return [_plain(leaf) for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def tensors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors of a call in the order of the file's inputs.
+
+    Example:
+        >>> [tensor.item() for tensor in tensors_of((torch.tensor(1), None), {"x": [torch.tensor(2)]})]
+        [1, 2]
+    """
+    return [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+
+
+def _at_least_two_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # A batch of one would be taken for a constant of the model.
+    if any(tensor.dim() and tensor.shape[0] != 1 for tensor in tensors_of(args, kwargs)):
+        return args, kwargs
+    doubled: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+        Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor, (args, kwargs)
+    )
+    return doubled
+
+
+def _input_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+    parameters = list(forward_signature(model).parameters)
+    positional = [*parameters[: len(args)], *[f"input_{index}" for index in range(len(parameters), len(args))]]
+    names: list[str] = []
+    for name, value in [*zip(positional, args, strict=False), *kwargs.items()]:
+        names += _leaf_names(name, value)
+    return names
+
+
+def _output_names(outputs: Any) -> list[str]:
+    if isinstance(outputs, Mapping):
+        return [name for key, value in outputs.items() for name in _leaf_names(str(key), value)]
+    return _leaf_names("output", outputs)
+
+
+def _leaf_names(name: str, value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [leaf for key, item in value.items() for leaf in _leaf_names(f"{name}.{key}", item)]
+    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [name] if len(leaves) == 1 else [f"{name}_{index}" for index in range(len(leaves))]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own chatter from the user: warnings and log lines about its inner workings."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

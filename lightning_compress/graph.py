@@ -1,0 +1,475 @@
+"""The dataflow of a model, traced module by module and stitched together.
+
+`torch.fx` traces every composite module on its own, with all its children as leaves, so a module that cannot be
+traced is a local failure. `trace_program` then follows the calls from module to module and gives one list of
+operations for the whole model, each with the operations it reads and the operations that read it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+_PASSED = "<value>"
+"""Stands in a call key for an argument whose value is known only when the module runs."""
+
+CallKey = tuple[tuple[str, Any], ...]
+"""How a module is called: each parameter's name with its constant (None, bool, str), or with `"<value>"`."""
+
+
+_SIZE_METHODS = frozenset({"size", "dim", "numel", "ndimension", "__len__"})
+
+
+class UntraceableError(Exception):
+    """A module whose forward has no fixed graph; the message says why."""
+
+
+def call_key(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallKey | None:
+    """Return how a forward with ``signature`` is called, or None where no fixed graph can describe it.
+
+    Control flow hangs on None, booleans and strings, so these are part of the key; tensors, numbers and containers
+    are not.
+
+    Args:
+        signature: Signature of the bound forward, without ``self``.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Returns:
+        The key, or None for a signature with ``*args`` or ``**kwargs`` and for a call that does not fit it.
+
+    Example:
+        >>> def forward(image, mask=None, *, scale=2.0): ...
+        >>> call_key(inspect.signature(forward), (torch.ones(1),), {"scale": 3.0})
+        (('image', '<value>'), ('mask', None), ('scale', '<value>'))
+    """
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        return None
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError:
+        return None
+    bound.apply_defaults()
+    return tuple((name, _constant_or_passed(value)) for name, value in bound.arguments.items())
+
+
+def entry_key(signature: inspect.Signature) -> CallKey | None:
+    """Return the key of a call that passes what has no default and leaves the rest at its default.
+
+    Example:
+        >>> def forward(image, mask=None): ...
+        >>> entry_key(inspect.signature(forward))
+        (('image', '<value>'), ('mask', None))
+    """
+    required = [
+        name for name, parameter in signature.parameters.items() if parameter.default is inspect.Parameter.empty
+    ]
+    if any(signature.parameters[name].kind is inspect.Parameter.POSITIONAL_ONLY for name in required):
+        return None
+    return call_key(signature, (), dict.fromkeys(required, 0))
+
+
+def passed_parameters(key: CallKey) -> list[str]:
+    """Return the names of the parameters whose values are known only when the module runs.
+
+    Example:
+        >>> passed_parameters((("image", "<value>"), ("mask", None)))
+        ['image']
+    """
+    return [name for name, value in key if value == _PASSED]
+
+
+def forward_signature(module: nn.Module) -> inspect.Signature:
+    """Return the signature of the forward that the class of ``module`` defines, without ``self``.
+
+    Example:
+        >>> list(forward_signature(nn.Linear(2, 2)).parameters)
+        ['input']
+    """
+    signature = inspect.signature(type(module).forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def is_operator(module: nn.Module) -> bool:
+    """Tell whether ``module`` counts as one operation: its forward was written in `torch.nn`, and it is no container.
+
+    Example:
+        >>> is_operator(nn.Conv2d(1, 1, 1)), is_operator(nn.Sequential())
+        (True, False)
+    """
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return False
+    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    return owner.__module__.startswith("torch.nn.")
+
+
+@dataclass(eq=False)
+class Trace:
+    """The graphs of one module for one way of calling it.
+
+    Attributes:
+        path: Name of the module in the model, as of ``named_modules()``.
+        module: The module itself.
+        key: How it is called.
+        evaluation: Graph in eval mode: the one that ships.
+        training: Graph in train mode; it may differ by dropout, auxiliary heads and the like.
+    """
+
+    path: str
+    module: nn.Module
+    key: CallKey
+    evaluation: fx.Graph
+    training: fx.Graph
+
+
+@dataclass(eq=False)
+class Operation:
+    """One operation of the whole model, at one place it is called from.
+
+    Attributes:
+        kind: ``input`` (a value that enters a traced module from outside), ``constant`` (a parameter or buffer),
+            ``module`` (a call of a leaf module), ``function`` or ``method``.
+        target: The leaf module, the function, or the name of the method or constant.
+        path: Name of the leaf module in the model, or of the module whose forward holds the operation.
+        node: The operation in the eval graph of that module; None for a leaf module called from untraced code.
+        trace: The trace that holds ``node``.
+        inputs: Operations whose values it reads, in order.
+        users: Operations that read its value.
+        is_result: Whether an entry of the model returns its value.
+        is_scalar: Whether it yields no tensor: a shape, a size, or arithmetic on such.
+    """
+
+    kind: Literal["input", "constant", "module", "function", "method"]
+    target: Any
+    path: str
+    node: fx.Node | None
+    trace: Trace | None
+    inputs: list[Operation] = field(default_factory=list)
+    users: list[Operation] = field(default_factory=list)
+    is_result: bool = False
+    is_scalar: bool = False
+
+    @property
+    def name(self) -> str:
+        """A readable name: the module's path with the node's name where the operation is not a module of its own."""
+        if self.kind == "module" or self.node is None:
+            return self.path
+        return f"{self.path}.{self.node.name}" if self.path else self.node.name
+
+
+@dataclass(eq=False)
+class Program:
+    """The dataflow of a whole model.
+
+    Attributes:
+        traces: Every module's trace by module identity and call key.
+        operations: All operations in the order they run.
+        untraceable: Why a module's own forward has no graph, by its path. Its children are entries of their own.
+    """
+
+    traces: dict[tuple[int, CallKey], Trace] = field(default_factory=dict)
+    operations: list[Operation] = field(default_factory=list)
+    untraceable: dict[str, str] = field(default_factory=dict)
+
+
+def trace_program(model: nn.Module, calls: Sequence[tuple[str, CallKey]] = ()) -> Program:
+    """Trace every module of ``model`` that can be traced and stitch the graphs together.
+
+    Args:
+        model: Any module; it is not changed.
+        calls: Further entries, as pairs of a module's path and the way it is called. Without them the model is
+            entered through its own forward with every default left alone.
+
+    Returns:
+        The program. A module that cannot be traced is entered through its children.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        >>> [operation.name for operation in trace_program(net).operations]
+        ['input_1', '0', '1']
+    """
+    return _Stitcher(model).run(calls)
+
+
+class _Stitcher:
+    """Follows the calls of a model from its entries, and gathers the operations."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.program = Program()
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.entered: set[int] = set()
+
+    def run(self, calls: Sequence[tuple[str, CallKey]]) -> Program:
+        self._enter(self.model)
+        for path, key in calls:
+            module = self.model.get_submodule(path)
+            trace = self._trace(module, key)
+            if trace is not None:
+                self._walk_entry(trace)
+        return self.program
+
+    def _enter(self, module: nn.Module) -> None:
+        """Take ``module`` as called from code that has no graph."""
+        if id(module) in self.entered:
+            return
+        self.entered.add(id(module))
+        if is_operator(module):
+            self._enter_operator(module)
+            return
+        key = None if isinstance(module, nn.ModuleList | nn.ModuleDict) else entry_key(forward_signature(module))
+        trace = self._trace(module, key)
+        if trace is None:
+            for child in module.children():
+                self._enter(child)
+        else:
+            self._walk_entry(trace)
+
+    def _enter_operator(self, module: nn.Module) -> None:
+        path = self.paths[id(module)]
+        value = Operation("input", "input", path, None, None)
+        operation = Operation("module", module, path, None, None, [value], is_result=True)
+        value.users.append(operation)
+        self.program.operations += [value, operation]
+
+    def _walk_entry(self, trace: Trace) -> None:
+        arguments = {name: None for name in passed_parameters(trace.key)}
+        for operation in _operations_in(self._walk(trace, arguments)):
+            operation.is_result = True
+
+    def _trace(self, module: nn.Module, key: CallKey | None) -> Trace | None:
+        path = self.paths[id(module)]
+        if key is None:
+            if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+                self.program.untraceable[path] = "its forward takes *args or **kwargs"
+            return None
+        if (id(module), key) not in self.program.traces:
+            try:
+                trace = trace_module(module, key, path)
+            except UntraceableError as reason:
+                self.program.untraceable[path] = str(reason)
+                return None
+            self.program.traces[id(module), key] = trace
+        return self.program.traces[id(module), key]
+
+    def _walk(self, trace: Trace, arguments: Mapping[str, Any]) -> Any:
+        """Run the eval graph of ``trace`` on operations instead of tensors; return what it returns."""
+        values: dict[fx.Node, Any] = {}
+        placeholders = iter(passed_parameters(trace.key))
+        for node in trace.evaluation.nodes:
+            if node.op == "placeholder":
+                values[node] = self._receive(node, trace, arguments[next(placeholders)])
+            elif node.op == "output":
+                return _substitute(node.args[0], values)
+            elif node.op == "get_attr":
+                values[node] = self._add("constant", node.target, trace.path, node, trace, values)
+            elif node.op == "call_module":
+                values[node] = self._call(node, trace, values)
+            elif node.target is operator.getitem and isinstance(values.get(node.args[0]), tuple | list | dict):
+                values[node] = values[node.args[0]][_substitute(node.args[1], values)]
+            else:
+                kind: Literal["function", "method"] = "function" if node.op == "call_function" else "method"
+                values[node] = self._add(kind, node.target, trace.path, node, trace, values)
+        raise AssertionError("A graph ends with its output.")
+
+    def _receive(self, node: fx.Node, trace: Trace, argument: Any) -> Any:
+        # A value that only passes through the caller is taken up where it is used: the inner module may also be
+        # called directly, past the outer one.
+        if argument is None or (isinstance(argument, Operation) and argument.kind == "input"):
+            return self._add("input", "input", trace.path, node, trace, {})
+        return argument
+
+    def _call(self, node: fx.Node, trace: Trace, values: dict[fx.Node, Any]) -> Any:
+        child = trace.module.get_submodule(str(node.target))
+        path = self.paths[id(child)]
+        if is_operator(child):
+            return self._add("module", child, path, node, trace, values)
+        signature = forward_signature(child)
+        key = call_key(signature, node.args, node.kwargs)
+        child_trace = self._trace(child, key)
+        if child_trace is None or key is None:
+            for grandchild in child.children():
+                self._enter(grandchild)
+            return self._add("module", child, path, node, trace, values)
+        self.entered.add(id(child))
+        bound = signature.bind(*_substitute(node.args, values), **_substitute(node.kwargs, values))
+        bound.apply_defaults()
+        return self._walk(child_trace, bound.arguments)
+
+    def _add(
+        self,
+        kind: Literal["input", "constant", "module", "function", "method"],
+        target: Any,
+        path: str,
+        node: fx.Node,
+        trace: Trace,
+        values: Mapping[fx.Node, Any],
+    ) -> Operation:
+        inputs = list(_operations_in([_substitute(node.args, values), _substitute(node.kwargs, values)]))
+        operation = Operation(kind, target, path, node, trace, inputs)
+        operation.is_scalar = kind in ("function", "method") and (
+            target is getattr or target in _SIZE_METHODS or (bool(inputs) and all(value.is_scalar for value in inputs))
+        )
+        for value in inputs:
+            value.users.append(operation)
+        self.program.operations.append(operation)
+        return operation
+
+
+def trace_module(module: nn.Module, key: CallKey, path: str = "") -> Trace:
+    """Trace the forward of ``module`` alone, in eval and in train mode, with all its children as leaves.
+
+    Args:
+        module: A module whose forward is not one of `torch.nn`.
+        key: How it is called: constants are traced as such.
+        path: Name of the module in the model.
+
+    Returns:
+        The two graphs.
+
+    Raises:
+        UntraceableError: If the forward has no fixed graph: control flow on values, tensors or random numbers made
+            while it ran, or a forward set on the instance.
+
+    Example:
+        >>> trace = trace_module(nn.Sequential(nn.ReLU(), nn.Flatten()), (("input", "<value>"),))
+        >>> [node.op for node in trace.evaluation.nodes]
+        ['placeholder', 'call_module', 'call_module', 'output']
+    """
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    try:
+        evaluation = _trace_forward(module.eval(), key)
+        training = _trace_forward(module.train(), key)
+    finally:
+        for submodule, mode in modes:
+            submodule.training = mode
+    return Trace(path, module, key, evaluation, training)
+
+
+def _trace_forward(module: nn.Module, key: CallKey) -> fx.Graph:
+    random_state = torch.get_rng_state()
+    attributes = set(vars(module))
+    try:
+        graph = _ShallowTracer(dict(key)).trace(module)
+    except UntraceableError:
+        raise
+    except Exception as error:  # user code on proxies may raise anything at all; whatever it is, the graph is missing
+        raise UntraceableError(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}") from error
+    finally:
+        for name in set(vars(module)) - attributes:
+            delattr(module, name)
+    if not torch.equal(random_state, torch.get_rng_state()):
+        torch.set_rng_state(random_state)
+        raise UntraceableError("its forward draws random numbers that a graph would freeze")
+    _functionalize_(graph, module)
+    return graph
+
+
+_IN_PLACE_OPERATORS = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+def is_in_place(node: fx.Node, module: nn.Module) -> bool:
+    """Tell whether ``node``, of a graph of ``module``, overwrites its first argument.
+
+    Example:
+        >>> net = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten())
+        >>> graph = trace_module(net, (("input", "<value>"),)).evaluation
+        >>> [is_in_place(node, net) for node in graph.nodes]
+        [False, True, False, False]
+    """
+    if node.op == "call_module":
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        in_place_name = name.endswith("_") and not name.endswith("__")
+        return node.target in _IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace")) or in_place_name
+    return False
+
+
+def _functionalize_(graph: fx.Graph, module: nn.Module) -> None:
+    """Let every reader of an overwritten value read the operation that overwrote it."""
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not is_in_place(node, module) or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        if node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:
+            node.target = _IN_PLACE_OPERATORS[node.target]
+        node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
+
+
+class _ShallowTracer(fx.Tracer):
+    """Traces one forward: every child is a leaf, and constants of the call stay constants."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._arguments = arguments
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        values = {
+            name: self.create_proxy("placeholder", name, (), {}) if value == _PASSED else value
+            for name, value in self._arguments.items()
+        }
+        signature = inspect.signature(root_fn)
+        positional_only = [
+            values.pop(name)
+            for name, parameter in signature.parameters.items()
+            if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and name in values
+        ]
+
+        def call(root: nn.Module) -> Any:
+            return root_fn(root, *positional_only, **values)
+
+        return call, [self.root]
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and not self._is_owned(a):
+            raise UntraceableError("its forward makes a tensor that a graph would freeze")
+        return super().create_arg(a)
+
+    def _is_owned(self, tensor: Tensor) -> bool:
+        return tensor in self.tensor_attrs or any(tensor is buffer for buffer in self.root.buffers())
+
+
+def _constant_or_passed(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | str) else _PASSED
+
+
+def _substitute(argument: Any, values: Mapping[fx.Node, Any]) -> Any:
+    """Replace every node in a nested argument by its value."""
+    if isinstance(argument, fx.Node):
+        return values[argument]
+    if isinstance(argument, tuple | list):
+        return tuple(_substitute(item, values) for item in argument)
+    if isinstance(argument, dict):
+        return {name: _substitute(item, values) for name, item in argument.items()}
+    return argument
+
+
+def _operations_in(value: Any) -> Iterator[Operation]:
+    if isinstance(value, Operation):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _operations_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _operations_in(item)

@@ -1,0 +1,233 @@
+"""Affine grids: the integers a tensor is rounded to, and the rounding itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NO_CLAMP = (-math.inf, math.inf)
+"""Bounds of an activation that has none."""
+
+
+@dataclass(frozen=True)
+class AffineGrid:
+    """Unsigned integers ``0 .. 2**bits - 1`` that stand for ``scale * (integer - zero_point)``.
+
+    Args:
+        scale: Distance of two neighbouring values, greater than 0.
+        zero_point: The integer that stands for zero, in [0, 2**bits - 1].
+        bits: Number of bits, 2 to 8.
+
+    Example:
+        >>> grid = AffineGrid(scale=0.5, zero_point=1, bits=2)
+        >>> grid.bounds(), grid.bounds(clamp=(0.0, 0.6))
+        ((-1, 2), (0, 1))
+    """
+
+    scale: float
+    zero_point: int
+    bits: int
+
+    @property
+    def largest(self) -> int:
+        """The largest integer of the grid."""
+        return int(2**self.bits - 1)
+
+    def bounds(self, clamp: tuple[float, float] = NO_CLAMP) -> tuple[int, int]:
+        """Return the least and the greatest multiple of ``scale`` inside both the grid and ``clamp``.
+
+        Args:
+            clamp: Bounds of the activation that the rounding takes over, such as ``(0.0, inf)`` for a ReLU.
+
+        Returns:
+            Two integers relative to the zero point.
+        """
+        low, high = -self.zero_point, self.largest - self.zero_point
+        if clamp[0] > low * self.scale:
+            low = round(clamp[0] / self.scale)
+        if clamp[1] < high * self.scale:
+            high = round(clamp[1] / self.scale)
+        return low, high
+
+
+def affine_parameters(minimum: Tensor, maximum: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scales and zero points of the affine grids that cover ``[minimum, maximum]`` and zero exactly.
+
+    Args:
+        minimum: Least values, shape (n,).
+        maximum: Greatest values, shape (n,).
+        largest: The largest integer of each grid, ``2**bits - 1``, shape (n,).
+
+    Returns:
+        Scales and zero points as float32, shape (n,). A range without extent gets scale 1.
+
+    Example:
+        >>> scale, zero_point = affine_parameters(torch.tensor([-1.0]), torch.tensor([2.0]), torch.tensor([255.0]))
+        >>> round(scale.item() * 255, 4), zero_point.item()
+        (3.0, 85.0)
+    """
+    minimum, maximum = minimum.float().clamp(max=0.0), maximum.float().clamp(min=0.0)
+    scale = (maximum - minimum) / largest
+    scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
+    zero_point = (-minimum / scale).round_().clamp_(min=0.0).minimum(largest)
+    return scale, zero_point
+
+
+def fake_quantize(x: Tensor, grid: AffineGrid, clamp: tuple[float, float] = NO_CLAMP) -> Tensor:
+    """Round ``x`` to ``grid``; the gradient passes where nothing was clipped (straight-through).
+
+    The forward is ``scale * clip(round(x / scale), low, high)`` with ties to even (Jacob et al. 2018,
+    arXiv:1712.05877, eq. 12); the straight-through gradient is that of Bengio et al. 2013 (arXiv:1308.3432).
+
+    Args:
+        x: Floating-point tensor of any shape.
+        grid: Where to round to.
+        clamp: Bounds of the activation that this rounding takes over, such as ``(0.0, inf)`` for a ReLU.
+
+    Returns:
+        Tensor like ``x``.
+
+    Example:
+        >>> fake_quantize(torch.tensor([-1.0, 0.2, 0.3, 9.0]), AffineGrid(scale=0.5, zero_point=1, bits=2))
+        tensor([-0.5000,  0.0000,  0.5000,  1.0000])
+    """
+    return _FakeQuantize.apply(x, grid, clamp)  # type: ignore[no-any-return]
+
+
+def fake_quantize_(x: Tensor, grid: AffineGrid, clamp: tuple[float, float] = NO_CLAMP) -> Tensor:
+    """Round ``x`` to ``grid`` in its own memory; for values that no backward pass needs unrounded.
+
+    The mask of the gradient is read off the result, so that no second tensor is kept: the gradient is also zero where
+    a value was rounded to a bound without being clipped. Use it at 8 bits, where such values are few.
+
+    Args:
+        x: Floating-point tensor that is not a leaf, and that its producer did not save for its own backward.
+        grid: Where to round to.
+        clamp: Bounds of the activation that this rounding takes over.
+
+    Returns:
+        ``x`` itself.
+
+    Example:
+        >>> x = torch.tensor([-1.0, 0.2, 0.3, 9.0])
+        >>> fake_quantize_(x, AffineGrid(scale=0.5, zero_point=1, bits=2)) is x, x[3].item()
+        (True, 1.0)
+    """
+    return _FakeQuantizeInPlace.apply(x, grid, clamp)  # type: ignore[no-any-return]
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: AffineGrid, clamp: tuple[float, float]) -> Tensor:
+        low, high = grid.bounds(clamp)
+        ctx.save_for_backward(x)
+        ctx.bounds = (
+            max((low - 0.5) * grid.scale, clamp[0]),
+            min((high + 0.5) * grid.scale, clamp[1]),
+        )
+        rounded = (x.float() / grid.scale).round_().clamp_(low, high).mul_(grid.scale)
+        return rounded.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(gradients[0], x, *ctx.bounds), None, None
+
+
+class _FakeQuantizeInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: AffineGrid, clamp: tuple[float, float]) -> Tensor:
+        low, high = grid.bounds(clamp)
+        ctx.mark_dirty(x)
+        # Division, not multiplication by the reciprocal: runtimes divide, and the two differ at ties.
+        x.div_(grid.scale).round_().clamp_(low, high).mul_(grid.scale)
+        ctx.save_for_backward(x)
+        ctx.bounds = (low * grid.scale, high * grid.scale)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (rounded,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(gradients[0], rounded, *ctx.bounds), None, None
+
+
+def weight_scales(weight: Tensor, bits: int) -> Tensor:
+    """Return the symmetric scale of every output channel, ``max|w| / (2**(bits - 1) - 1)``.
+
+    Args:
+        weight: Weight whose first dimension counts the output channels.
+        bits: Bits of a weight, 2 to 8.
+
+    Returns:
+        Float32 tensor of shape (output channels,). A channel of zeros gets scale 1.
+
+    Example:
+        >>> weight_scales(torch.tensor([[1.27, -0.5], [0.0, 0.0]]), bits=8)
+        tensor([0.0100, 1.0000])
+    """
+    largest = torch.linalg.vector_norm(weight.detach().float().flatten(1), ord=math.inf, dim=1)
+    scales = largest / (2 ** (bits - 1) - 1)
+    return torch.where(scales > torch.finfo(torch.float32).tiny, scales, torch.ones_like(scales))
+
+
+def integer_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return ``weight`` as integers in ``[-(2**(bits - 1) - 1), 2**(bits - 1) - 1]`` with its scales.
+
+    Args:
+        weight: Weight whose first dimension counts the output channels.
+        bits: Bits of a weight, 2 to 8.
+
+    Returns:
+        Integers as int8, shaped like ``weight``, and one float32 scale an output channel.
+
+    Example:
+        >>> integers, scales = integer_weight(torch.tensor([[1.27, -0.5]]), bits=8)
+        >>> integers.tolist(), scales.tolist()
+        ([[127, -50]], [0.009999999776482582])
+    """
+    scales = weight_scales(weight, bits)
+    return _rounded(weight.detach().float(), scales).to(torch.int8), scales
+
+
+def fake_quantize_weight(weight: Tensor, bits: int) -> Tensor:
+    """Round every output channel of ``weight`` to its symmetric grid; the gradient is passed on unchanged.
+
+    Nothing is ever clipped, since the largest weight of a channel defines its grid, so the straight-through gradient
+    needs no mask.
+
+    Args:
+        weight: Weight whose first dimension counts the output channels.
+        bits: Bits of a weight, 2 to 8.
+
+    Returns:
+        Tensor like ``weight``.
+
+    Example:
+        >>> fake_quantize_weight(torch.tensor([[3.0, -1.1, 0.4]]), bits=3)
+        tensor([[ 3., -1.,  0.]])
+    """
+    return _FakeQuantizeWeight.apply(weight, bits)  # type: ignore[no-any-return]
+
+
+class _FakeQuantizeWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bits: int) -> Tensor:
+        scales = weight_scales(weight, bits)
+        rounded = _rounded(weight.float(), scales)
+        return rounded.mul_(_along_channels(scales, rounded)).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _rounded(weight: Tensor, scales: Tensor) -> Tensor:
+    return (weight / _along_channels(scales, weight)).round_()
+
+
+def _along_channels(scales: Tensor, weight: Tensor) -> Tensor:
+    return scales.view(-1, *[1] * (weight.dim() - 1))

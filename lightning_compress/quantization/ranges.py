@@ -1,0 +1,194 @@
+"""Activation ranges: moving averages of what each quantizer saw, for all quantizers of a model at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.quantization.affine import AffineGrid, affine_parameters
+
+
+class ActivationRanges:
+    """The value range of every quantizer of a model, averaged over optimizer steps.
+
+    Within a step a quantizer may be fed several times (call sites that share a grid, accumulated batches): the step's
+    range is the union. `update` then moves the average once, on every process alike.
+
+    The tensors are plain attributes and not buffers of the model: `module.half()` must not round them, averaged
+    weights must not average them, and the state dict must not know them.
+
+    Args:
+        momentum: Weight of the newest observation in the average, in (0, 1].
+
+    Example:
+        >>> ranges = ActivationRanges(momentum=0.5)
+        >>> index = ranges.add("relu", bits=8)
+        >>> for largest in (2.0, 4.0):
+        ...     ranges.observe(index, torch.tensor(0.0), torch.tensor(largest))
+        ...     ranges.update()
+        >>> ranges.as_dict()
+        {'relu': (0.0, 3.0)}
+    """
+
+    def __init__(self, momentum: float = 0.1) -> None:
+        self.momentum = momentum
+        self.names: list[str] = []
+        self.bits: list[int] = []
+        self.minimum = torch.empty(0)
+        self.maximum = torch.empty(0)
+        self._pending: list[tuple[int, Tensor, Tensor]] = []
+        self._grids: list[AffineGrid | None] = []
+        self._parameters: tuple[Tensor, Tensor] | None = None
+
+    def add(self, name: str, bits: int) -> int:
+        """Add a quantizer that has seen nothing yet, or find the one of that name; return its index."""
+        if name in self.names:
+            return self.names.index(name)
+        self.names.append(name)
+        self.bits.append(bits)
+        self.minimum = torch.cat([self.minimum, self.minimum.new_full((1,), math.inf)])
+        self.maximum = torch.cat([self.maximum, self.maximum.new_full((1,), -math.inf)])
+        self._grids.append(None)
+        self._parameters = None
+        return len(self.names) - 1
+
+    def observe(self, index: int, minimum: Tensor, maximum: Tensor) -> None:
+        """Note the least and greatest value (0-d tensors) that quantizer ``index`` met; `update` takes them in."""
+        self._pending.append((index, minimum.detach().float(), maximum.detach().float()))
+
+    def update(self) -> None:
+        """Move the averages by what was observed since the last update; across all processes where there are several.
+
+        Raises:
+            CompressionError: If an observed value is NaN or infinite (found here on the CPU, in `check` elsewhere).
+        """
+        if not self._pending:
+            return
+        device = self._pending[0][1].device
+        minimum, maximum = self.minimum.to(device), self.maximum.to(device)
+        indices = torch.tensor([index for index, _, _ in self._pending], device=device)
+        least = torch.full_like(minimum, math.inf)
+        least = least.scatter_reduce(0, indices, torch.stack([low for _, low, _ in self._pending]), "amin")
+        greatest = torch.full_like(maximum, -math.inf)
+        greatest = greatest.scatter_reduce(0, indices, torch.stack([high for _, _, high in self._pending]), "amax")
+        self._pending.clear()
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(least, distributed.ReduceOp.MIN)
+            distributed.all_reduce(greatest, distributed.ReduceOp.MAX)
+        self.minimum = self._averaged(minimum, least)
+        self.maximum = self._averaged(maximum, greatest)
+        self._renew()
+
+    def _averaged(self, average: Tensor, newest: Tensor) -> Tensor:
+        # Infinity marks what was never seen: the first observation is taken as it is, a missing one changes nothing.
+        moved = average + self.momentum * (newest - average)
+        return torch.where(newest.isinf(), average, torch.where(average.isinf(), newest, moved))
+
+    def grid(self, index: int) -> AffineGrid | None:
+        """Return the grid of quantizer ``index``, or None if it has seen nothing yet."""
+        return self._grids[index]
+
+    def start_from(self, index: int, minimum: Tensor, maximum: Tensor) -> AffineGrid:
+        """Give quantizer ``index``, which has seen nothing yet, a grid for this step from a first value's range."""
+        largest = torch.tensor([float(2 ** self.bits[index] - 1)], device=minimum.device)
+        scale, zero_point = affine_parameters(minimum.detach().view(1), maximum.detach().view(1), largest)
+        self._grids[index] = AffineGrid(scale.item(), int(zero_point.item()), self.bits[index])
+        return AffineGrid(scale.item(), int(zero_point.item()), self.bits[index])
+
+    def parameters(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point (int32) of quantizer ``index`` as 0-d tensors, without a wait for the device."""
+        if self._parameters is None:
+            self._parameters = self._compute()
+        scale, zero_point = self._parameters
+        return scale[index], zero_point[index]
+
+    def is_seen(self, index: int) -> bool:
+        """Tell whether quantizer ``index`` has a grid."""
+        return self._grids[index] is not None
+
+    def unseen(self) -> list[str]:
+        """Return the names of the quantizers that have seen nothing yet."""
+        return [name for name, grid in zip(self.names, self._grids, strict=True) if grid is None]
+
+    def as_dict(self) -> dict[str, tuple[float, float]]:
+        """Return the averaged range of every quantizer that has seen data."""
+        pairs = zip(self.names, self.minimum.tolist(), self.maximum.tolist(), strict=True)
+        return {name: (low, high) for name, low, high in pairs if math.isfinite(low)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return names, bits and averages as plain types and CPU tensors."""
+        return {
+            "names": list(self.names),
+            "bits": list(self.bits),
+            "minimum": self.minimum.detach().cpu().clone(),
+            "maximum": self.maximum.detach().cpu().clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the averages of a `state_dict`, matched by name.
+
+        Raises:
+            CompressionError: If the state knows a quantizer that this model lacks, or one at other bits.
+        """
+        _check_match(self.names, state["names"])
+        for name, bits, low, high in zip(
+            state["names"], state["bits"], state["minimum"], state["maximum"], strict=True
+        ):
+            index = self.names.index(name)
+            if self.bits[index] != bits:
+                raise CompressionError(
+                    f"The checkpoint quantizes `{name}` to {bits} bits, this model to {self.bits[index]}. "
+                    "Use the same bits as in the run that wrote it."
+                )
+            self.minimum[index], self.maximum[index] = low, high
+        self._pending.clear()
+        self._renew()
+
+    def _renew(self) -> None:
+        self._parameters = None
+        scales, zero_points = self._compute()
+        seen = (~self.minimum.isinf()).tolist()
+        self._grids = [
+            AffineGrid(scale, int(zero_point), bits) if is_seen else None
+            for scale, zero_point, bits, is_seen in zip(
+                scales.tolist(), zero_points.tolist(), self.bits, seen, strict=True
+            )
+        ]
+        self.check()
+
+    def check(self) -> None:
+        """Check that every range is finite.
+
+        Raises:
+            CompressionError: If one is not; the message names the quantizer.
+        """
+        broken = (self.minimum.isnan() | self.maximum.isnan() | self.minimum.eq(-math.inf)).logical_or_(
+            self.maximum.eq(math.inf)
+        )
+        if broken.any():
+            name = self.names[int(broken.nonzero()[0])]
+            raise CompressionError(
+                f"The activation at `{name}` was NaN or infinite, so it has no range to quantize to. "
+                "The training diverged before: lower the learning rate, clip the gradients, or check the data."
+            )
+
+    def _compute(self) -> tuple[Tensor, Tensor]:
+        largest = torch.tensor([float(2**bits - 1) for bits in self.bits], device=self.minimum.device)
+        scale, zero_point = affine_parameters(
+            torch.nan_to_num(self.minimum, posinf=0.0), torch.nan_to_num(self.maximum, neginf=0.0), largest
+        )
+        return scale, zero_point.to(torch.int32)
+
+
+def _check_match(names: Sequence[str], saved: Sequence[str]) -> None:
+    unknown = [name for name in saved if name not in names]
+    if unknown:
+        raise CompressionError(
+            f"The checkpoint quantizes `{unknown[0]}`, which this model does not have. "
+            "Load it into the architecture, and with the `exclude`, that it was written with."
+        )

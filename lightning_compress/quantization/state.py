@@ -1,0 +1,266 @@
+"""The quantization of one model: its settings, its phase, its ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.graph import CallKey, Program, trace_program
+from lightning_compress.quantization.placement import QUANTIZABLE_LAYERS, Placement, PlacementRow, place
+from lightning_compress.quantization.ranges import ActivationRanges
+from lightning_compress.quantization.rewrite import (
+    FoldedNormForward,
+    QuantizedLayerForward,
+    RewrittenForward,
+    rewrite,
+)
+from lightning_compress.selection import match_names
+
+
+class Quantization:
+    """Quantization of one model; made by `prepare`, found again by `quantization_of`.
+
+    Args:
+        model: The model whose forwards are rewritten.
+        weight_bits: Bits of weights, 2 to 8.
+        activation_bits: Bits of activations, 2 to 8; inputs and results of the model keep 8.
+        exclude: Patterns of layer names that stay in float.
+        momentum: Weight of the newest observation in the moving average of the ranges.
+
+    Attributes:
+        is_quantizing: Whether weights and activations are rounded.
+        is_observing: Whether ranges are observed.
+        ranges: The range of every quantizer.
+        rows: What becomes of every operation.
+        recorded: A list that takes the name and value of everything that is rounded, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weight_bits: int = 8,
+        activation_bits: int = 8,
+        exclude: Sequence[str] = (),
+        momentum: float = 0.1,
+    ) -> None:
+        self.model = model
+        self.weight_bits = weight_bits
+        self.activation_bits = activation_bits
+        self.exclude = tuple(exclude)
+        self.is_quantizing = False
+        self.is_observing = False
+        self.ranges = ActivationRanges(momentum)
+        self.rows: list[PlacementRow] = []
+        self.untraceable: dict[str, str] = {}
+        self.recorded: list[tuple[str, Tensor]] | None = None
+        self._calls: list[tuple[str, CallKey]] = []
+        self._rewrite()
+
+    def analyse(self) -> tuple[Program, Placement]:
+        """Trace the model as it stands and place its quantizers; the same settings always give the same places."""
+        program = trace_program(self.model, self._calls)
+        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, QUANTIZABLE_LAYERS)}
+        excluded = {id(layers[name]) for name in match_names(layers, self.exclude, "exclude")}
+        return program, place(program, self.activation_bits, excluded)
+
+    def add_call(self, path: str, key: CallKey) -> None:
+        """Take in one more way in which the module at ``path`` is called."""
+        if (path, key) not in self._calls:
+            self._calls.append((path, key))
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        program, placement = self.analyse()
+        self.rows = placement.rows
+        self.untraceable = program.untraceable
+        rewrite(self.model, list(program.traces.values()), placement, self)
+
+    @property
+    def layer_bits(self) -> dict[str, int]:
+        """Bits of the weights of every quantized layer, by name."""
+        return {
+            name: self.weight_bits
+            for name, module in self.model.named_modules()
+            if isinstance(vars(module).get("forward"), QuantizedLayerForward)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return settings, phase and ranges as plain types and CPU tensors."""
+        return {
+            "weight_bits": self.weight_bits,
+            "activation_bits": self.activation_bits,
+            "exclude": list(self.exclude),
+            "is_quantizing": self.is_quantizing,
+            "calls": [[path, [list(item) for item in key]] for path, key in self._calls],
+            "ranges": self.ranges.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over phase and ranges of a `state_dict`.
+
+        Raises:
+            CompressionError: If it was written with other bits or for another architecture.
+        """
+        for setting in ("weight_bits", "activation_bits"):
+            if state[setting] != getattr(self, setting):
+                raise CompressionError(
+                    f"The checkpoint was written with {setting}={state[setting]}, this run has "
+                    f"{setting}={getattr(self, setting)}. Use the same setting to go on with it."
+                )
+        for path, items in state["calls"]:
+            self.add_call(path, tuple((name, value) for name, value in items))
+        self.is_quantizing = state["is_quantizing"]
+        self.ranges.load_state_dict(state["ranges"])
+
+
+def check_bits(name: str, bits: int) -> None:
+    """Check that ``bits`` is an int from 2 to 8.
+
+    Raises:
+        TypeError: If it is no int.
+        ValueError: If it is out of range.
+
+    Example:
+        >>> check_bits("weight_bits", 16)
+        Traceback (most recent call last):
+        ...
+        ValueError: `weight_bits` must be from 2 to 8, got 16.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(f"`{name}` must be an int from 2 to 8, got {bits!r}.")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"`{name}` must be from 2 to 8, got {bits}.")
+
+
+def prepare(
+    model: nn.Module, *, weight_bits: int = 8, activation_bits: int = 8, exclude: Sequence[str] = ()
+) -> Quantization:
+    """Rewrite the forwards of ``model`` for quantization-aware training; until it is switched on nothing changes.
+
+    Weights are rounded to symmetric integers per output channel, activations to affine integers per tensor, whose
+    ranges are moving averages of what was observed (Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018,
+    arXiv:1806.08342). Classes, children, hooks and state-dict keys stay as they are.
+
+    Args:
+        model: Any module.
+        weight_bits: Bits of weights, 2 to 8.
+        activation_bits: Bits of activations, 2 to 8; inputs and results of the model keep 8.
+        exclude: Patterns of layer names that stay in float.
+
+    Returns:
+        The quantization; its ``is_observing`` and ``is_quantizing`` are the switches.
+
+    Raises:
+        ValueError: If bits are out of range, a pattern matches no layer, or there is no layer to quantize.
+        CompressionError: If the model is prepared already, or a weight is NaN or infinite.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+        >>> quantization = prepare(net)
+        >>> calibrate(net, [torch.rand(8, 1, 4, 4) for _ in range(4)])
+        >>> quantization.is_quantizing = True
+        >>> net(torch.rand(2, 1, 4, 4)).shape, sorted(net.state_dict())[:2]
+        (torch.Size([2, 2]), ['0.bias', '0.weight'])
+    """
+    check_bits("weight_bits", weight_bits)
+    check_bits("activation_bits", activation_bits)
+    if quantization_of(model) is not None:
+        raise CompressionError("The model is prepared for quantization already. Use `strip(model)` to undo that first.")
+    check_finite_weights(model)
+    quantization = Quantization(model, weight_bits=weight_bits, activation_bits=activation_bits, exclude=exclude)
+    if not quantization.layer_bits:
+        strip(model)
+        raise ValueError(
+            f"`{type(model).__name__}` has no convolution or linear layer to quantize. "
+            "Layers must exist before training, as children of the module; `exclude` must leave some."
+        )
+    return quantization
+
+
+def quantization_of(model: nn.Module) -> Quantization | None:
+    """Return the quantization that ``model`` was prepared with, or None.
+
+    Example:
+        >>> quantization_of(nn.Linear(1, 1)) is None
+        True
+    """
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, RewrittenForward | QuantizedLayerForward):
+            return forward.state
+    return None
+
+
+def strip(model: nn.Module) -> nn.Module:
+    """Give ``model`` its own forwards back; weights stay what training made of them.
+
+    Args:
+        model: A prepared module; any other is left as it is.
+
+    Returns:
+        ``model`` itself.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2))
+        >>> _ = prepare(net)
+        >>> "forward" in vars(strip(net))
+        False
+    """
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), RewrittenForward | QuantizedLayerForward | FoldedNormForward):
+            del vars(module)["forward"]
+    return model
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Observe the activation ranges of a prepared model on ``batches``, in eval mode and without gradients.
+
+    Args:
+        model: A prepared module.
+        batches: What ``forward`` takes; few hundred samples are enough.
+        forward: Runs the model on one batch; by default the model itself.
+        progress: Told of every batch.
+
+    Raises:
+        CompressionError: If the model was not prepared.
+    """
+    quantization = quantization_of(model)
+    if quantization is None:
+        raise CompressionError("Only a prepared model can be calibrated: call `prepare(model)` first.")
+    was_training, was_observing = model.training, quantization.is_observing
+    model.eval()
+    quantization.is_observing = True
+    try:
+        with torch.no_grad():
+            for count, batch in enumerate(batches, start=1):
+                (forward or model)(batch)
+                quantization.ranges.update()
+                if progress is not None:
+                    progress(f"calibration batch {count}")
+    finally:
+        quantization.is_observing = was_observing
+        model.train(was_training)
+
+
+def check_finite_weights(model: nn.Module) -> None:
+    """Check that the weights of all layers that can be quantized are finite.
+
+    Raises:
+        CompressionError: If one is NaN or infinite; the message names the layer.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, QUANTIZABLE_LAYERS) and not torch.isfinite(module.weight).all():
+            raise CompressionError(
+                f"The weight of layer `{name}` is NaN or infinite and cannot be compressed. "
+                "Start from a checkpoint from before the training diverged."
+            )
