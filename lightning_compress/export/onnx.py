@@ -35,8 +35,22 @@ than float ones, which moves single values by a step, but stays far above it."""
 MIN_SNR_DB_FLOAT = 60.0
 """The same for a float file."""
 
-Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
-"""Inputs of a forward: one tensor, positional arguments, or keyword arguments."""
+
+@dataclass(frozen=True)
+class CallArguments:
+    """Positional and keyword arguments of one forward.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any] | CallArguments
+"""Inputs of a forward: one tensor, positional arguments, keyword arguments, or both."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,7 @@ class ExportResult:
         has_dynamic_batch: Whether its first dimension takes any size.
         parity: How near it is to the model in PyTorch.
         audit: What ONNX Runtime runs in integers.
+        output_spec: How the forward nests its outputs, as a spec of torch's pytree.
     """
 
     path: Path
@@ -58,6 +73,7 @@ class ExportResult:
     has_dynamic_batch: bool
     parity: ParityReport
     audit: AuditReport
+    output_spec: Any
 
     def to_text(self) -> str:
         """Return the result as a few lines."""
@@ -81,8 +97,8 @@ def export_onnx(
 
     Args:
         model: Any module; a LightningModule is exported through its ``forward``.
-        example_inputs: Inputs of the forward: a tensor, a tuple of positional or a dict of keyword arguments. The
-            first dimension of every tensor is the batch.
+        example_inputs: Inputs of the forward: a tensor, a tuple of positional or a dict of keyword arguments, or
+            `CallArguments` for both. The first dimension of every tensor is the batch.
         path: Where to write; ``.onnx`` is the usual suffix.
         verify_inputs: Batches to compare on, each like ``example_inputs``; by default the example alone.
         progress: Told what is going on, a few words at a time.
@@ -102,26 +118,71 @@ def export_onnx(
         (('input',), True, 2)
     """
     tell = progress or (lambda message: None)
-    path = Path(path)
     import_onnxruntime()
-    args, kwargs = as_arguments(example_inputs)
+    tell("writing the ONNX file")
+    written = write_onnx(model, example_inputs, path)
+    tell("verifying it in ONNX Runtime")
+    batches = [as_arguments(inputs) for inputs in verify_inputs] or [as_arguments(example_inputs)]
+    report = _verify(model, written, batches)
+    tell("reading what runs in integers")
+    return ExportResult(
+        written.path,
+        tuple(written.input_names),
+        tuple(written.output_names),
+        written.has_dynamic_batch,
+        report,
+        audit(written.path),
+        written.output_spec,
+    )
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A written ONNX file.
+
+    Attributes:
+        path: The file.
+        input_names: Names of its inputs, in the order of the call's tensors.
+        output_names: Names of its outputs.
+        has_dynamic_batch: Whether its first dimension takes any size.
+        output_step: Distance of two neighbouring values of the outputs' grid, or None where they lie on none.
+        output_spec: How the forward nests its outputs, as a spec of torch's pytree.
+    """
+
+    path: Path
+    input_names: list[str]
+    output_names: list[str]
+    has_dynamic_batch: bool
+    output_step: float | None
+    output_spec: Any
+
+
+def write_onnx(model: nn.Module, example_inputs: Inputs, path: str | os.PathLike[str]) -> WrittenFile:
+    """Write ``model`` to a checked ONNX file without running it; `export_onnx` also proves it.
+
+    Args:
+        model: Any module.
+        example_inputs: Inputs of the forward, as of `export_onnx`.
+        path: Where to write.
+
+    Returns:
+        The file with the names of its inputs and outputs.
+
+    Raises:
+        ExportError: If the model cannot be exported or the file is not valid.
+    """
     names: list[str] = []
-    tell("lowering")
     lowered = lower(model, names)
-    args, kwargs = _at_least_two_samples(args, kwargs)
+    args, kwargs = _at_least_two_samples(*as_arguments(example_inputs))
     with torch.no_grad():
         outputs = lowered(*args, **kwargs)
     steps = [grid.scale for grid in map(grid_of, pytree.tree_leaves(outputs)) if grid is not None]
     names.clear()
-    tell("writing")
     input_names, output_names = _input_names(lowered, args, kwargs), _output_names(outputs)
     proto, is_dynamic = _to_onnx(lowered, args, kwargs, input_names, output_names, names)
-    _write(proto, path)
-    tell("verifying")
-    batches = [as_arguments(inputs) for inputs in verify_inputs] or [as_arguments(example_inputs)]
-    report = _verify(model, path, batches, input_names, min(steps) if steps else None)
-    tell("auditing")
-    return ExportResult(path, tuple(input_names), tuple(output_names), is_dynamic, report, audit(path))
+    _write(proto, Path(path))
+    spec = pytree.tree_structure(outputs)
+    return WrittenFile(Path(path), input_names, output_names, is_dynamic, min(steps) if steps else None, spec)
 
 
 def as_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -131,12 +192,16 @@ def as_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         >>> as_arguments({"x": 1}), as_arguments((1, 2))
         (((), {'x': 1}), ((1, 2), {}))
     """
-    if isinstance(inputs, Mapping):
-        args, kwargs = (), dict(inputs)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(inputs, CallArguments):
+        args, kwargs = inputs.args, dict(inputs.kwargs)
+    elif isinstance(inputs, Mapping):
+        kwargs = dict(inputs)
     elif isinstance(inputs, Tensor):
-        args, kwargs = (inputs,), {}
+        args = (inputs,)
     else:
-        args, kwargs = tuple(inputs), {}
+        args = tuple(inputs)
     found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
         Tensor, lambda tensor: _plain(tensor), (args, kwargs)
     )
@@ -321,14 +386,11 @@ def _umask() -> int:
 
 
 def _verify(
-    model: nn.Module,
-    path: Path,
-    batches: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
-    input_names: Sequence[str],
-    step: float | None,
+    model: nn.Module, written: WrittenFile, batches: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
 ) -> ParityReport:
+    path = written.path
     session = open_session(path)
-    positions = [input_names.index(description.name) for description in session.get_inputs()]
+    positions = [written.input_names.index(description.name) for description in session.get_inputs()]
     quantization = quantization_of(model)
     is_integer = quantization is not None and quantization.is_quantizing
     expected, found = [], []
@@ -342,7 +404,7 @@ def _verify(
                 quantization.recorded = None
             tensors = tensors_of(args, kwargs)
             found.append(run_session(session, [tensors[position] for position in positions]))
-    report = compare_outputs(expected, found, step)
+    report = compare_outputs(expected, found, written.output_step)
     least = MIN_SNR_DB_INTEGER if is_integer else MIN_SNR_DB_FLOAT
     if report.snr_db < least:
         tensors = tensors_of(*batches[0])

@@ -57,6 +57,14 @@ class ActivationRanges:
         self._parameters = None
         return len(self.names) - 1
 
+    def reset(self) -> None:
+        """Forget what every quantizer has seen."""
+        self.minimum = torch.full_like(self.minimum, math.inf)
+        self.maximum = torch.full_like(self.maximum, -math.inf)
+        self._pending.clear()
+        self._grids = [None] * len(self.names)
+        self._parameters = None
+
     def observe(self, index: int, minimum: Tensor, maximum: Tensor) -> None:
         """Note the least and greatest value (0-d tensors) that quantizer ``index`` met; `update` takes them in."""
         self._pending.append((index, minimum.detach().float(), maximum.detach().float()))

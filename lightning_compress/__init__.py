@@ -1,0 +1,20 @@
+"""Training-time compression for PyTorch Lightning: callbacks for quantization, pruning, distillation and export."""
+
+from lightning_compress.callbacks.distillation import KnowledgeDistillation
+from lightning_compress.callbacks.onnx_export import OnnxExport
+from lightning_compress.callbacks.pruning import MagnitudePruning
+from lightning_compress.callbacks.quantization import QuantizationAwareTraining
+from lightning_compress.callbacks.stripping import strip
+from lightning_compress.export import ExportResult, export_onnx
+from lightning_compress.report import RunReport
+
+__all__ = [
+    "ExportResult",
+    "KnowledgeDistillation",
+    "MagnitudePruning",
+    "OnnxExport",
+    "QuantizationAwareTraining",
+    "RunReport",
+    "export_onnx",
+    "strip",
+]

@@ -1,0 +1,1 @@
+"""Lightning callbacks: they decide when; the packages below know how."""

@@ -1,0 +1,535 @@
+"""`OnnxExport`: the ONNX file at fit end, proved, measured and reported."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from typing_extensions import override
+
+from lightning_compress.callbacks.checkpoint import COMPRESSION_KEY
+from lightning_compress.callbacks.clock import completed_steps
+from lightning_compress.callbacks.forward_tap import ForwardTap
+from lightning_compress.callbacks.progress import ProgressLine
+from lightning_compress.callbacks.pruning import MagnitudePruning
+from lightning_compress.callbacks.quantization import QuantizationAwareTraining
+from lightning_compress.errors import CompressionError, MissingExtraError
+from lightning_compress.export import ExportResult, export_onnx
+from lightning_compress.export.onnx import CallArguments, tensors_of, write_onnx
+from lightning_compress.export.session import import_onnxruntime, open_session, run_session
+from lightning_compress.quantization import quantization_of, strip
+from lightning_compress.report import (
+    History,
+    Metric,
+    RunReport,
+    compare_latency,
+    file_sizes,
+    model_statistics,
+    plot_run,
+)
+
+VERIFY_SAMPLES = 256
+"""Validation samples that the file is compared on, at most."""
+
+
+
+class OnnxExport(pl.Callback):
+    """Write the trained network to an ONNX file when the fit ends, prove it in ONNX Runtime, measure it, report it.
+
+    The file is written from a deep copy, on rank 0; the live module still trains, tests and saves. A quantized
+    network becomes standard QuantizeLinear/DequantizeLinear with int8 weights, any other a float file. It is then
+    compared with the network on real validation batches, and read back from ONNX Runtime's own optimized graph to
+    tell what runs in integers. A failure of any of this is an error at the end of the fit; the file stays, and the
+    trained weights are saved next to it as ``<name>.ckpt`` first.
+
+    A table is printed; ``report.json`` and, with the `plots` extra, ``report.png`` lie next to the file.
+
+    Args:
+        path: The file to write; its folder is made where missing.
+        weights: ``"last"``, or ``"best"``: the best checkpoint of the Trainer's `ModelCheckpoint` among those that
+            had reached the full compression.
+        metric: Name of a metric that the validation step logs, such as ``"val_acc"``. It is reported before
+            compression, after it, and for the file itself, by the user's own validation step on ONNX Runtime.
+        module: Name of the submodule to export; by default the LightningModule if its steps call it, else the one
+            child that holds all layers.
+        latency: Whether to time the file against its fp32 form.
+
+    Raises:
+        ValueError: If ``weights`` is none of the two.
+
+    Attributes:
+        result: The file with its parity and audit; None before the fit has ended.
+        report: The report; None before the fit has ended.
+
+    Example:
+        >>> export = OnnxExport("model.onnx", metric="val_acc")
+        >>> trainer = pl.Trainer(max_epochs=3, callbacks=[export], logger=False)  # trainer.fit(model, data)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        weights: Literal["last", "best"] = "last",
+        metric: str | None = None,
+        module: str | None = None,
+        latency: bool = True,
+    ) -> None:
+        super().__init__()
+        if weights not in ("last", "best"):
+            raise ValueError(f'`weights` must be "last" or "best", got {weights!r}.')
+        self.path = Path(path)
+        self.weights = weights
+        self.metric = metric
+        self.module = module
+        self.latency = latency
+        self.result: ExportResult | None = None
+        self.report: RunReport | None = None
+        self.history = History()
+        self._tap: ForwardTap | None = None
+        self._calls: list[CallArguments] = []
+        self._called = ""
+        self._are_calls_validated = False
+        self._metric_before: float | None = None
+        self._was_complete = False
+        self._last_step = -1
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        import_onnxruntime()
+        if trainer.is_global_zero and not _writes_nothing(trainer):
+            check_writable(self.path)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._remove_tap()
+        self._tap = ForwardTap(pl_module, self.module)
+        self._calls = []
+        self._are_calls_validated = False
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._tap is not None and not self._calls:
+            self._tap.start()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._calls:
+            self._collect()
+        step = completed_steps(trainer)
+        if step == self._last_step:
+            return
+        self._last_step = step
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        metrics = trainer.callback_metrics
+        self.history.append(
+            step,
+            train_loss=_number(loss),
+            distillation_loss=_number(metrics.get("compress/distillation_loss")),
+            sparsity=_number(metrics.get("compress/sparsity")),
+            phase=_number(metrics.get("compress/quantization_phase")),
+        )
+        if not self._was_complete and is_complete(trainer):
+            self._was_complete = True
+            if self.weights == "best":
+                _forget_incomplete_checkpoints(trainer)
+
+    @override
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._are_calls_validated = False
+
+    @override
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._tap is not None and not trainer.sanity_checking and self._wants_more():
+            self._tap.start()
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._tap is not None and not trainer.sanity_checking and self._wants_more():
+            if not self._are_calls_validated:
+                self._calls = []
+            self._are_calls_validated = True
+            self._collect()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        value = _number(trainer.callback_metrics.get(self.metric)) if self.metric is not None else None
+        if value is None or trainer.sanity_checking or self.metric is None:
+            return
+        if not _has_begun(trainer):
+            self._metric_before = value
+        self.history.append(completed_steps(trainer), **{self.metric: value})
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._remove_tap()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._remove_tap()
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        if _writes_nothing(trainer):
+            rank_zero_info(f"`OnnxExport` writes nothing in a `fast_dev_run`: {self.path} is left as it is.")
+            return
+        try:
+            self._export(trainer, pl_module)
+        except BaseException:
+            kept = self.path.with_suffix(".ckpt")
+            save_weights(pl_module, trainer, kept)
+            rank_zero_warn(f"The export failed; the trained weights are kept in {kept}.")
+            raise
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history.state_dict(), "metric_before": self._metric_before}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history.load_state_dict(state_dict["history"])
+        self._metric_before = state_dict["metric_before"]
+
+    def _wants_more(self) -> bool:
+        if not self._are_calls_validated:
+            return True
+        return sum(_batch_size(call) for call in self._calls) < VERIFY_SAMPLES
+
+    def _collect(self) -> None:
+        if self._tap is None:
+            return
+        for call in self._tap.calls_so_far():
+            self._called = call.name
+            self._calls.append(CallArguments(*pytree.tree_map_only(Tensor, _to_cpu, (call.args, call.kwargs))))
+        self._tap.reset()
+
+    def _remove_tap(self) -> None:
+        if self._tap is not None:
+            self._tap.remove()
+            self._tap = None
+
+    def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._calls:
+            raise CompressionError(
+                f"Neither the training nor the validation steps of `{type(pl_module).__name__}` called a network that "
+                "can be exported, so `OnnxExport` has no inputs to export it with. Call `self(...)` in them, or name "
+                'the network with `OnnxExport(..., module="...")`.'
+            )
+        with ProgressLine("OnnxExport") as progress:
+            progress.tell("choosing the weights")
+            chosen = self._chosen(trainer, pl_module)
+            network = chosen.get_submodule(self._called)
+            calls = _at_most(self._calls, VERIFY_SAMPLES)
+            self.result = export_onnx(
+                network, calls[0], self.path, verify_inputs=calls, progress=progress.tell
+            )
+            self.report = self._measured(trainer, chosen, network, progress)
+            progress.tell("writing the report")
+            folder = self.path.parent
+            self.report.write_json(folder / "report.json")
+            self._plot(folder / "report.png")
+        rank_zero_info(self.report.to_text())
+
+    def _measured(
+        self, trainer: pl.Trainer, chosen: pl.LightningModule, network: nn.Module, progress: ProgressLine
+    ) -> RunReport:
+        assert self.result is not None
+        example = self._calls[0]
+        quantization = quantization_of(network)
+        is_integer = quantization is not None and quantization.is_quantizing
+        bits = {_relative(name, quantization, network): bits for name, bits in _layer_bits(network).items()}
+        progress.tell("counting")
+        with tempfile.TemporaryDirectory() as folder:
+            float_path = self.path
+            if is_integer:
+                progress.tell("writing the fp32 file to compare with")
+                float_path = Path(folder) / "fp32.onnx"
+                write_onnx(strip(copy.deepcopy(network)), example, float_path)
+            latency = None
+            if self.latency:
+                files = {"fp32": float_path, "this file": self.path} if is_integer else {"fp32": self.path}
+                feeds = _single_sample(self.path, self.result, tensors_of(example.args, example.kwargs))
+                batch_sizes = (1, 8) if self.result.has_dynamic_batch else (_batch_size(example),)
+                latency = compare_latency(files, feeds, batch_sizes=batch_sizes, progress=progress.tell)
+            sizes = file_sizes(self.path, float_path)
+        metrics: tuple[Metric, ...] = ()
+        if self.metric is not None:
+            progress.tell(f"measuring {self.metric} of the file")
+            metrics = (self._metric(trainer, chosen),)
+        audit = self.result.audit
+        return RunReport(
+            model=type(network).__name__,
+            versions={name: version(name) for name in ("torch", "lightning", "onnx", "onnxruntime")},
+            statistics=model_statistics(
+                strip(copy.deepcopy(network)), example.args, example.kwargs, bits=bits if is_integer else None
+            ),
+            sizes=sizes,
+            latency=latency,
+            metrics=metrics,
+            parity=_parity(self.result),
+            integer_ops={kind: integer for kind, (integer, _) in audit.counts().items() if integer},
+            float_ops={f"{row.kind} {row.name}": row.reason for row in audit.floats()} if is_integer else None,
+        )
+
+    def _metric(self, trainer: pl.Trainer, chosen: pl.LightningModule) -> Metric:
+        assert self.metric is not None
+        after = _number(trainer.callback_metrics.get(self.metric))
+        if trainer.val_dataloaders is None or trainer.world_size > 1:
+            return Metric(self.metric, self._metric_before, after)
+        return Metric(self.metric, self._metric_before, after, self._metric_of_file(trainer, chosen))
+
+    def _metric_of_file(self, trainer: pl.Trainer, chosen: pl.LightningModule) -> float | None:
+        """Run the user's own validation with the file in the place of the network."""
+        assert self.result is not None
+        assert self.metric is not None
+        module = copy.deepcopy(chosen)
+        vars(module.get_submodule(self._called))["forward"] = _FileForward(self.path, self.result)
+        with _quiet_lightning():
+            validator = pl.Trainer(
+                accelerator="cpu",
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                limit_val_batches=trainer.limit_val_batches,
+                default_root_dir=trainer.default_root_dir,
+            )
+            found = validator.validate(module, dataloaders=trainer.val_dataloaders, verbose=False)
+        return next((float(row[self.metric]) for row in found if self.metric in row), None)
+
+    def _chosen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
+        if self.weights == "last":
+            return pl_module
+        found = best_complete_checkpoint(trainer)
+        if found is None:
+            rank_zero_warn(
+                "No checkpoint of the Trainer's `ModelCheckpoint` had reached the full compression, so the last "
+                'weights are exported. For `OnnxExport(weights="best")` let the Trainer keep checkpoints by a '
+                "`monitor` after pruning and quantization have finished their schedules."
+            )
+            return pl_module
+        chosen: pl.LightningModule = copy.deepcopy(pl_module)
+        checkpoint = torch.load(found, map_location="cpu", weights_only=False)
+        chosen.on_load_checkpoint(checkpoint)
+        chosen.load_state_dict(checkpoint["state_dict"])
+        return chosen
+
+    def _plot(self, path: Path) -> None:
+        assert self.report is not None
+        assert self.report.statistics is not None
+        try:
+            plot_run(self.history, self.report.statistics.layers, path, self.report.model)
+        except MissingExtraError as error:
+            rank_zero_info(f"No picture of the run was made: {error}")
+
+
+def check_writable(path: Path) -> None:
+    """Check, by writing an empty file and removing it, that a file can be written at ``path``.
+
+    Raises:
+        ValueError: If it cannot; before the training rather than after it.
+
+    Example:
+        >>> check_writable(Path(tempfile.mkdtemp()) / "model.onnx")
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"`OnnxExport` cannot write {path}: {error.strerror or error}. Choose a path in a folder you may write to."
+        ) from error
+
+
+def is_complete(trainer: pl.Trainer) -> bool:
+    """Tell whether every pruning and quantization callback of ``trainer`` has reached its full compression."""
+    return all(callback.complete for callback in _compressors(trainer))
+
+
+def best_complete_checkpoint(trainer: pl.Trainer) -> Path | None:
+    """Return the best checkpoint of the Trainer's `ModelCheckpoint` whose weights had reached the full compression."""
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
+            continue
+        ranked = sorted(
+            callback.best_k_models.items(), key=lambda item: float(item[1]), reverse=callback.mode == "max"
+        )
+        for name, _ in ranked:
+            checkpoint = torch.load(name, map_location="cpu", weights_only=False)
+            states = checkpoint.get(COMPRESSION_KEY, {})
+            pruned = states.get("pruning", {}).get("complete", True)
+            quantized = states.get("quantization", {}).get("is_quantizing", True)
+            if pruned and quantized:
+                return Path(name)
+    return None
+
+
+def save_weights(pl_module: pl.LightningModule, trainer: pl.Trainer, path: Path) -> None:
+    """Write a checkpoint that `load_from_checkpoint` reads, on this rank alone."""
+    checkpoint: dict[str, Any] = {
+        "state_dict": pl_module.state_dict(),
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "pytorch-lightning_version": version("lightning"),
+    }
+    if pl_module.hparams:
+        checkpoint[pl_module.CHECKPOINT_HYPER_PARAMS_KEY] = dict(pl_module.hparams)
+    pl_module.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, path)
+
+
+class _FileForward:
+    """Stands in for a network's forward: runs the exported file on the same tensors."""
+
+    def __init__(self, path: Path, result: ExportResult) -> None:
+        self.session = open_session(path)
+        self.result = result
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = dict(zip(self.result.input_names, tensors_of(args, kwargs), strict=True))
+        wanted = [tensors[description.name] for description in self.session.get_inputs()]
+        outputs = run_session(self.session, [_plain(tensor) for tensor in wanted])
+        return pytree.tree_unflatten(outputs, self.result.output_spec)
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep the greeting and the advice of a second Trainer, which the user did not ask for, from the user."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _forget_incomplete_checkpoints(trainer: pl.Trainer) -> None:
+    """Let the ranking of checkpoints begin anew: what came before the full compression must not win."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.best_k_models:
+            rank_zero_info("The full compression is reached: checkpoints from before it no longer count as best.")
+            callback.best_k_models.clear()
+            callback.best_model_path = ""
+            callback.best_model_score = None
+            callback.kth_best_model_path = ""
+
+
+def _compressors(trainer: pl.Trainer) -> list[MagnitudePruning | QuantizationAwareTraining]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [item for item in callbacks if isinstance(item, MagnitudePruning | QuantizationAwareTraining)]
+
+
+def _has_begun(trainer: pl.Trainer) -> bool:
+    """Tell whether pruning or quantization has changed a weight yet."""
+    return any(
+        callback.has_begun if isinstance(callback, MagnitudePruning) else callback.complete
+        for callback in _compressors(trainer)
+    )
+
+
+def _writes_nothing(trainer: pl.Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def _layer_bits(network: nn.Module) -> dict[str, int]:
+    quantization = quantization_of(network)
+    return {} if quantization is None else quantization.layer_bits
+
+
+def _relative(name: str, quantization: Any, network: nn.Module) -> str:
+    """Return the name of a quantized layer as seen from ``network``."""
+    layer = quantization.model.get_submodule(name)
+    return next((found for found, module in network.named_modules() if module is layer), name)
+
+
+def _parity(result: ExportResult) -> dict[str, float | int | str]:
+    parity = result.parity
+    rows: dict[str, float | int | str] = {"validation samples": parity.samples}
+    rows["largest difference"] = parity.max_abs_diff
+    if parity.max_diff_steps is not None:
+        rows["largest difference, steps"] = parity.max_diff_steps
+    rows["signal-to-noise ratio, dB"] = parity.snr_db
+    if parity.top1_agreement is not None:
+        rows["top-1 agreement"] = f"{100 * parity.top1_agreement:.2f} % ({parity.distinct_top1} classes)"
+    return rows
+
+
+def _single_sample(path: Path, result: ExportResult, tensors: list[Tensor]) -> dict[str, Any]:
+    names = {description.name for description in open_session(path).get_inputs()}
+    return {
+        name: (tensor[:1] if tensor.dim() and result.has_dynamic_batch else tensor).numpy()
+        for name, tensor in zip(result.input_names, map(_plain, tensors), strict=True)
+        if name in names
+    }
+
+
+def _at_most(calls: list[CallArguments], samples: int) -> list[CallArguments]:
+    kept: list[CallArguments] = []
+    for call in calls:
+        if kept and sum(_batch_size(other) for other in kept) >= samples:
+            break
+        kept.append(call)
+    return kept
+
+
+def _batch_size(call: CallArguments) -> int:
+    return next((int(tensor.shape[0]) for tensor in tensors_of(call.args, call.kwargs) if tensor.dim()), 1)
+
+
+def _to_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value.detach())
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,263 @@
+"""`MagnitudePruning`: weights that go to zero gradually during a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from typing_extensions import override
+
+from lightning_compress.callbacks.checkpoint import attach_state, attached_state
+from lightning_compress.callbacks.clock import completed_steps, total_steps
+from lightning_compress.errors import CompressionError
+from lightning_compress.pruning.magnitude import Scope, magnitude_masks
+from lightning_compress.pruning.pattern import pattern_masks, pattern_sparsity
+from lightning_compress.pruning.state import PruningState
+from lightning_compress.pruning.weights import (
+    check_pattern_fits,
+    input_dims,
+    prunable_weights,
+    sparsity,
+    sparsity_by_layer,
+)
+from lightning_compress.schedules import CubicSchedule, check_moment, check_order, resolve_step
+from lightning_compress.selection import weight_layers
+
+STATE_KEY = "pruning"
+"""Where the masks lie in a checkpoint: ``checkpoint["lightning_compress"]["pruning"]``."""
+
+MAX_DEFAULT_UPDATES = 100
+"""How often the masks are made anew over the whole rise where ``update_every`` is not given."""
+
+
+class MagnitudePruning(pl.Callback):
+    """Prune the smallest weights, a few at a time, on a cubic schedule (Zhu & Gupta 2017, arXiv:1710.01878).
+
+    Between ``start`` and ``end`` the masks are made anew every ``update_every`` steps; after every optimizer step
+    (under manual optimization: after every training batch) they set the pruned weights, and the optimizer's momentum
+    and moments there, to zero. A pruned weight stays pruned. Once ``end`` is reached, exactly ``round(sparsity * N)``
+    of the N selected weights are masked. The weights of convolution and linear layers are pruned, biases and
+    normalisations never; a weight that several layers share is counted once.
+
+    The parameters stay plain leaf parameters under their own names. The masks travel in every checkpoint of the
+    module, one bit a weight. The counted sparsity is logged as ``compress/sparsity``. Where weights are averaged
+    (``WeightAveraging``), the masks are applied to the average when the fit ends.
+
+    Args:
+        sparsity: Fraction of the selected weights that end as zeros, in [0, 1). With ``pattern`` it may be left out.
+        start: When the rise begins: a share of the run (float) or optimizer steps (int).
+        end: When the full sparsity is reached: a share of the run (float) or optimizer steps (int).
+        scope: ``"global"`` prunes the smallest weights of all layers together, ``"layer"`` every layer alike.
+        pattern: ``(n, m)`` to keep n of every m consecutive weights along the input dimension, such as ``(2, 4)``.
+        exclude: Patterns of layer names to leave out; a pattern covers everything below the name it matches.
+        update_every: Optimizer steps between two masks; None for at most 100 masks over the rise.
+
+    Raises:
+        ValueError: If an argument is out of range, or ``sparsity`` is not that of ``pattern``.
+        TypeError: If ``start`` or ``end`` is neither a float nor an int.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+        >>> pruning = MagnitudePruning(sparsity=0.75, end=0.5)
+        >>> trainer = pl.Trainer(max_epochs=1, callbacks=[pruning], accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ...     limit_val_batches=0)
+        >>> model = BoringModel()
+        >>> _ = [parameter.data.normal_() for parameter in model.parameters()]
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     trainer.fit(model, DataLoader(RandomDataset(32, 8)))
+        >>> pruning.complete, pruning.sparsity_by_layer(model)
+        (True, {'layer': 0.75})
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        *,
+        start: float = 0.0,
+        end: float = 0.6,
+        scope: Scope = "global",
+        pattern: tuple[int, int] | None = None,
+        exclude: Sequence[str] = (),
+        update_every: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.sparsity = _checked_sparsity(sparsity, self.pattern)
+        check_moment("start", start)
+        check_moment("end", end)
+        check_order("start", start, "end", end)
+        if scope not in ("global", "layer"):
+            raise ValueError(f'`scope` must be "global" or "layer", got {scope!r}.')
+        if update_every is not None and update_every < 1:
+            raise ValueError(f"`update_every` must be at least 1 optimizer step, got {update_every}.")
+        self.start = start
+        self.end = end
+        self.scope: Scope = scope
+        self.exclude = exclude
+        self.update_every = update_every
+        self._state = PruningState()
+        self._layers: tuple[str, ...] = ()
+        self._schedule = CubicSchedule(self.sparsity, 0, 0)
+        self._interval = 1
+        self._last_step = 0
+        self._counted = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the masks in force are those of the full target."""
+        return self._state.complete
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a weight has been pruned."""
+        return bool(self._state.masks)
+
+    def counted_sparsity(self, pl_module: nn.Module) -> float:
+        """Return the fraction of zeros among the selected weights of ``pl_module``, counted from the tensors."""
+        return sparsity(prunable_weights(pl_module, self.exclude))
+
+    def sparsity_by_layer(self, pl_module: nn.Module) -> dict[str, float]:
+        """Return the fraction of zeros of each selected layer of ``pl_module``, counted from the tensors."""
+        return sparsity_by_layer(prunable_weights(pl_module, self.exclude))
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if sum(isinstance(callback, MagnitudePruning) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise ValueError("The Trainer has more than one `MagnitudePruning` callback. Keep one of them.")
+        # The masks belong to the module: a second fit finds them, a deep copy of the module has its own.
+        self._state = attached_state(pl_module, STATE_KEY, PruningState) or PruningState()
+        attach_state(pl_module, STATE_KEY, self._state.save, self._state.load)
+        if stage != "fit":
+            return
+        if is_overridden("configure_model", pl_module) and not weight_layers(pl_module):
+            raise CompressionError(
+                f"`{type(pl_module).__name__}` has no layer to prune yet: its layers are created in `configure_model`. "
+                "Create the layers in `__init__`."
+            )
+        # A module's own `setup` runs after this one and may create layers; then only `on_fit_start` can tell.
+        if not is_overridden("setup", pl_module):
+            self._select_layers(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._select_layers(pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        run_steps = total_steps(trainer)
+        begin_step = resolve_step("start", self.start, run_steps)
+        end_step = resolve_step("end", self.end, run_steps)
+        if begin_step > end_step:
+            raise ValueError(
+                f"`start` must not come after `end`, got start={self.start} (optimizer step {begin_step}) "
+                f"and end={self.end} (optimizer step {end_step})."
+            )
+        self._schedule = CubicSchedule(self.sparsity, begin_step, end_step)
+        self._interval = self.update_every or max(1, -(-(end_step - begin_step) // MAX_DEFAULT_UPDATES))
+        step = self._last_step = completed_steps(trainer)
+        weights = self._weights(pl_module)
+        if step == 0:
+            self._state.clear()  # a new run follows its schedule from the beginning
+        self._check_masks_fit(weights)
+        self._state.masks = {name: mask.to(weights[name].device) for name, mask in self._state.masks.items()}
+        self._counted = sparsity(weights)
+        overdue = not self._state.masks if step < end_step else not self._state.complete
+        if step >= begin_step and overdue:
+            self._update_masks(trainer, pl_module, step)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = completed_steps(trainer)
+        if step == self._last_step:
+            return  # gradient accumulation: no optimizer step was taken
+        self._last_step = step
+        if step < self._schedule.begin_step:
+            return
+        # Momentum can move a pruned weight off zero, so the masks are applied after every step.
+        self._state.apply_(self._weights(pl_module), *trainer.optimizers)
+        if self._is_update_step(step):
+            self._update_masks(trainer, pl_module, step)
+        if not trainer.barebones:
+            pl_module.log("compress/sparsity", self._counted)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # `WeightAveraging` has just put the average in the weights' place, if it comes before this callback.
+        self._state.apply_(self._weights(pl_module))
+        if not self.complete:
+            rank_zero_warn(
+                f"The fit ended after {completed_steps(trainer)} optimizer steps at a sparsity of "
+                f"{sparsity(self._weights(pl_module)):.4f}; the full {self.sparsity:.4f} would have been reached after "
+                f"{self._schedule.end_step}. Resume the run to finish, or choose an earlier `end`."
+            )
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # `WeightAveraging` may also come after this callback.
+        self._state.apply_(self._weights(pl_module))
+
+    def _is_update_step(self, step: int) -> bool:
+        begin, end = self._schedule.begin_step, self._schedule.end_step
+        return step == end or (begin <= step < end and (step - begin) % self._interval == 0)
+
+    def _update_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        weights = self._weights(pl_module)
+        target = self._schedule(step)
+        if self.pattern is None:
+            self._state.masks = magnitude_masks(weights, target, self.scope)
+        else:
+            dims = input_dims(pl_module, self._layers)
+            self._state.masks = pattern_masks(weights, self.pattern, target, self.scope, dims)
+        self._state.complete = step >= self._schedule.end_step
+        self._state.apply_(weights, *trainer.optimizers)
+        self._counted = sparsity(weights)
+
+    def _select_layers(self, pl_module: pl.LightningModule) -> None:
+        layers = tuple(prunable_weights(pl_module, self.exclude))
+        if not layers:
+            raise CompressionError(
+                f"`{type(pl_module).__name__}` has no convolution or linear layer to prune. "
+                "Give it one, or exclude fewer."
+            )
+        if self.pattern is not None:
+            check_pattern_fits(pl_module, layers, self.pattern)
+        self._layers = layers
+
+    def _weights(self, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
+        return {name: pl_module.get_parameter(f"{name}.weight") for name in self._layers}
+
+    def _check_masks_fit(self, weights: dict[str, nn.Parameter]) -> None:
+        masks = self._state.masks
+        shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+        if masks and shapes != {name: tuple(weight.shape) for name, weight in weights.items()}:
+            raise CompressionError(
+                f"The checkpoint holds masks for the layers {sorted(masks)}, but this run prunes {sorted(weights)}. "
+                "Resume with the model and the `exclude` of the run that wrote it."
+            )
+
+
+def _checked_sparsity(sparsity: float | None, pattern: tuple[int, int] | None) -> float:
+    if pattern is not None:
+        implied = pattern_sparsity(pattern)
+        if sparsity is not None and abs(sparsity - implied) > 1e-9:
+            raise ValueError(
+                f"`sparsity={sparsity}` is not the sparsity of `pattern={pattern}`, which is {implied}. "
+                "Leave `sparsity` out."
+            )
+        return implied
+    if sparsity is None:
+        raise ValueError("`MagnitudePruning` needs a `sparsity` in [0, 1), or a `pattern` such as (2, 4).")
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"`sparsity` is a fraction of zeros in [0, 1), got {sparsity}.")
+    return sparsity

@@ -1,0 +1,304 @@
+"""`QuantizationAwareTraining`: training on the integers that ship."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from typing_extensions import override
+
+from lightning_compress.callbacks.checkpoint import attach_state, attached_state
+from lightning_compress.callbacks.clock import completed_steps, total_steps
+from lightning_compress.errors import CompressionError
+from lightning_compress.quantization import Quantization, prepare, quantization_of
+from lightning_compress.quantization.batchnorm import freeze_batchnorm_
+from lightning_compress.quantization.placement import PlacementRow
+from lightning_compress.quantization.state import check_bits, check_finite_weights
+from lightning_compress.schedules import check_moment, check_order, resolve_step
+from lightning_compress.selection import weight_layers
+
+STATE_KEY = "quantization"
+"""Where the ranges lie in a checkpoint: ``checkpoint["lightning_compress"]["quantization"]``."""
+
+FLOAT, OBSERVING, QUANTIZED, FROZEN = range(4)
+"""The phases, as they are logged."""
+
+WARM_UP_STEPS = 128
+"""Steps before ``start`` in which ranges are observed already, every `WARM_UP_INTERVAL`-th step."""
+WARM_UP_INTERVAL = 4
+SETTLING_STEPS = 32
+"""Steps from ``start`` on in which ranges are observed at every step; later at every ``observe_every``-th."""
+
+
+class QuantizationAwareTraining(pl.Callback):
+    """Train with weights and activations rounded to the integers that ship (Jacob et al. 2018, arXiv:1712.05877).
+
+    Until ``start`` the model trains in plain float; shortly before, activation ranges begin to be observed. From
+    ``start`` on weights are rounded to symmetric integers per output channel, in [-127, 127] at 8 bits, and
+    activations to affine integers per tensor, over moving averages of their ranges; gradients pass straight through.
+    From ``freeze`` on the ranges and the batch-norm statistics stay as they are, and every batch norm computes as
+    the folded layer that is exported. In `Trainer.validate` and `Trainer.test` too, also after the fit, the model
+    computes with the integers; `strip` gives the float model back.
+
+    The LightningModule, its layers, hooks and state-dict keys stay as they are. Ranges travel in every checkpoint of
+    the module. The phase is logged as ``compress/quantization_phase``: 0 float, 1 observing, 2 quantized, 3 frozen.
+
+    Args:
+        weight_bits: Bits of weights, 2 to 8.
+        activation_bits: Bits of activations, 2 to 8; inputs and results of the network keep 8.
+        start: When rounding begins: a share of the run (float) or optimizer steps (int).
+        freeze: When ranges and batch-norm statistics are frozen: a share of the run (float) or optimizer steps (int).
+        exclude: Patterns of layer names that stay in float; a pattern covers everything below the name it matches.
+        module: Name of the submodule to quantize; by default all that the LightningModule's forward reaches.
+        observe_every: Steps between two observations of the ranges, once they have settled.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If bits are no ints, or ``start`` or ``freeze`` is neither a float nor an int.
+
+    Example:
+        >>> import warnings
+        >>> from torch.utils.data import DataLoader
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+        >>> quantization = QuantizationAwareTraining(start=0.5)
+        >>> trainer = pl.Trainer(max_epochs=1, callbacks=[quantization], accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ...     limit_val_batches=0)
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     trainer.fit(BoringModel(), DataLoader(RandomDataset(32, 8)))
+        >>> quantization.complete, [(row.name, row.is_integer) for row in quantization.placement]
+        (True, [('layer', True)])
+    """
+
+    def __init__(
+        self,
+        *,
+        weight_bits: int = 8,
+        activation_bits: int = 8,
+        start: float = 0.0,
+        freeze: float = 0.9,
+        exclude: Sequence[str] = (),
+        module: str | None = None,
+        observe_every: int = 8,
+    ) -> None:
+        super().__init__()
+        check_bits("weight_bits", weight_bits)
+        check_bits("activation_bits", activation_bits)
+        check_moment("start", start)
+        check_moment("freeze", freeze)
+        check_order("start", start, "freeze", freeze)
+        if observe_every < 1:
+            raise ValueError(f"`observe_every` must be at least 1 optimizer step, got {observe_every}.")
+        self.weight_bits = weight_bits
+        self.activation_bits = activation_bits
+        self.start = start
+        self.freeze = freeze
+        self.exclude = exclude
+        self.module = module
+        self.observe_every = observe_every
+        self._slot = QuantizationSlot()
+        self._start_step = 0
+        self._freeze_step = 0
+        self._last_step = -1
+        self._begun_step = -1
+
+    @property
+    def quantization(self) -> Quantization:
+        """The quantization of the module that was last set up.
+
+        Raises:
+            CompressionError: If no module was set up yet.
+        """
+        if self._slot.quantization is None:
+            raise CompressionError("No model is prepared yet: `Trainer.fit` does that.")
+        return self._slot.quantization
+
+    @property
+    def placement(self) -> list[PlacementRow]:
+        """What becomes of every operation: integer or float, on which grid, and why not."""
+        return self.quantization.rows
+
+    @property
+    def complete(self) -> bool:
+        """Whether the model computes with the integers that ship."""
+        return self._slot.quantization is not None and self._slot.quantization.is_quantizing
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if sum(isinstance(callback, QuantizationAwareTraining) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise ValueError("The Trainer has more than one `QuantizationAwareTraining` callback. Keep one of them.")
+        # The ranges belong to the module: a second fit finds them, a deep copy of the module has its own.
+        self._slot = attached_state(pl_module, STATE_KEY, QuantizationSlot) or QuantizationSlot()
+        attach_state(pl_module, STATE_KEY, self._slot.save, self._slot.load)
+        if is_overridden("configure_model", pl_module) and not weight_layers(pl_module):
+            raise CompressionError(
+                f"`{type(pl_module).__name__}` has no layer to quantize yet: its layers are created in "
+                "`configure_model`. Create the layers in `__init__`."
+            )
+        # A module's own `setup` runs after this one and may create layers; then only `on_fit_start` can tell.
+        if not is_overridden("setup", pl_module):
+            self._prepare(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._prepare(pl_module)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._prepare(pl_module)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._prepare(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._prepare(pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        run_steps = total_steps(trainer)
+        self._start_step = resolve_step("start", self.start, run_steps)
+        self._freeze_step = resolve_step("freeze", self.freeze, run_steps)
+        if self._start_step > self._freeze_step:
+            raise ValueError(
+                f"`start` must not come after `freeze`, got start={self.start} (optimizer step {self._start_step}) "
+                f"and freeze={self.freeze} (optimizer step {self._freeze_step})."
+            )
+        step = completed_steps(trainer)
+        self._last_step, self._begun_step = step, -1
+        if step == 0:
+            self.quantization.ranges.reset()  # a new run follows its schedule from the beginning
+        self.quantization.is_quantizing = step >= self._start_step and step > 0
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step, quantization = completed_steps(trainer), self.quantization
+        if step == self._warm_up_step and step != self._begun_step:
+            quantization.ranges.reset()  # what the untrained network showed is no guide
+        self._begun_step = step
+        if step == self._start_step and not quantization.is_quantizing:
+            check_finite_weights(quantization.model)
+        quantization.is_quantizing = step >= self._start_step
+        quantization.is_observing = self._is_observing(step)
+        if step >= self._freeze_step:
+            freeze_batchnorm_(quantization.model)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        quantization = self.quantization
+        was_observing, quantization.is_observing = quantization.is_observing, False
+        step = completed_steps(trainer)
+        if step == self._last_step:
+            return  # gradient accumulation: the ranges of this step are not complete
+        if was_observing:
+            quantization.ranges.update()
+            if len(quantization.ranges.unseen()) == len(quantization.ranges.names):
+                raise self._never_called(pl_module)
+        self._last_step = step
+        if not trainer.barebones:
+            pl_module.log("compress/quantization_phase", float(self._phase(step - 1)))
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        quantization = self.quantization
+        quantization.is_observing = False
+        if not quantization.is_quantizing:
+            rank_zero_warn(
+                f"The fit ended after {completed_steps(trainer)} optimizer steps, before quantization started at "
+                f"{self._start_step}: the model is in float. Choose an earlier `start`, or resume the run to finish."
+            )
+            return
+        unseen = quantization.ranges.unseen()
+        if unseen:
+            rank_zero_warn(
+                f"{len(unseen)} quantizers saw no data in training and stay in float: {', '.join(unseen[:5])}. "
+                "The training step never reached these parts of the network."
+            )
+
+    @property
+    def _warm_up_step(self) -> int:
+        return max(0, self._start_step - WARM_UP_STEPS)
+
+    def _is_observing(self, step: int) -> bool:
+        if step >= self._freeze_step and step > self._start_step:
+            return False
+        if step >= self._start_step:
+            return step < self._start_step + SETTLING_STEPS or (step - self._start_step) % self.observe_every == 0
+        if step == 0:
+            return True  # shows at once whether the training step reaches the network
+        return step >= self._warm_up_step and (step - self._warm_up_step) % WARM_UP_INTERVAL == 0
+
+    def _phase(self, step: int) -> int:
+        if step >= self._start_step:
+            return FROZEN if step >= self._freeze_step else QUANTIZED
+        return OBSERVING if step >= self._warm_up_step else FLOAT
+
+    def _prepare(self, pl_module: pl.LightningModule) -> None:
+        if self._slot.quantization is None:
+            network = self._network(pl_module)
+            existing = quantization_of(network)
+            self._slot.take(existing or self._prepared(network))
+
+    def _prepared(self, network: nn.Module) -> Quantization:
+        return prepare(
+            network, weight_bits=self.weight_bits, activation_bits=self.activation_bits, exclude=self.exclude
+        )
+
+    def _network(self, pl_module: pl.LightningModule) -> nn.Module:
+        if self.module is None:
+            return pl_module
+        modules: dict[str, nn.Module] = dict(pl_module.named_modules())
+        if self.module not in modules:
+            children = ", ".join(f"`{name}`" for name, _ in pl_module.named_children())
+            raise ValueError(
+                f"`module={self.module!r}` is not a submodule of `{type(pl_module).__name__}`; its children are "
+                f"{children}."
+            )
+        return modules[self.module]
+
+    def _never_called(self, pl_module: pl.LightningModule) -> CompressionError:
+        prepared = f"`{type(self.quantization.model).__name__}`"
+        holders = [f'"{name}"' for name, child in pl_module.named_children() if weight_layers(child)]
+        return CompressionError(
+            f"`training_step` never called the forward of {prepared}, which was prepared for quantization, so its "
+            f"quantizers saw no data. Call it in the step (`self(...)`), or point at the network that the step calls "
+            f"with `QuantizationAwareTraining(module=...)`, one of {', '.join(holders) or 'its children'}."
+        )
+
+
+class QuantizationSlot:
+    """Holds the quantization of a module for its checkpoints; what is loaded before it is prepared waits here."""
+
+    def __init__(self) -> None:
+        self.quantization: Quantization | None = None
+        self._waiting: dict[str, Any] | None = None
+
+    def take(self, quantization: Quantization) -> None:
+        """Hold ``quantization``, and hand it what was loaded before."""
+        self.quantization = quantization
+        if self._waiting is not None:
+            quantization.load_state_dict(self._waiting)
+            self._waiting = None
+
+    def save(self) -> dict[str, Any]:
+        """Return the state to write."""
+        return self._waiting or {} if self.quantization is None else self.quantization.state_dict()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a state that was read."""
+        if not state:
+            return
+        if self.quantization is None:
+            self._waiting = state
+        else:
+            self.quantization.load_state_dict(state)

@@ -1,0 +1,14 @@
+"""Knowledge distillation: a trained teacher's outputs as a second target of the student."""
+
+from lightning_compress.distillation.logits import LogitDistillation, hinton_loss
+from lightning_compress.distillation.selector import OutputSelector, check_selector, select_logits
+from lightning_compress.distillation.teacher import FrozenTeacher
+
+__all__ = [
+    "FrozenTeacher",
+    "LogitDistillation",
+    "OutputSelector",
+    "check_selector",
+    "hinton_loss",
+    "select_logits",
+]

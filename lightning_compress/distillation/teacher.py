@@ -1,0 +1,136 @@
+"""The frozen teacher: a trained network that answers but never learns, held outside of every module tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class FrozenTeacher:
+    """A teacher between :meth:`freeze` and :meth:`release`: eval mode, no gradients, out of reach of the student.
+
+    It is no ``nn.Module``, so a module that holds it does not register the teacher's parameters. A deep copy is the
+    same teacher, not a second one.
+
+    Args:
+        network: The trained network.
+
+    Raises:
+        TypeError: If ``network`` is not an ``nn.Module``.
+
+    Example:
+        >>> network = nn.Linear(2, 3)
+        >>> teacher = FrozenTeacher(network)
+        >>> teacher.freeze()
+        >>> network.training, network.weight.requires_grad
+        (False, False)
+        >>> teacher.release()
+        >>> network.training, network.weight.requires_grad
+        (True, True)
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"`teacher` must be an nn.Module, got {type(network).__name__}.")
+        self.network = network
+        self._runner = network
+        self._place: tuple[torch.device, torch.dtype] | None = None
+        self._modes: dict[nn.Module, bool] | None = None
+        self._flags: list[tuple[nn.Parameter, bool]] = []
+        self._home: torch.device | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
+        return self
+
+    def freeze(self) -> None:
+        """Put the network into eval mode without gradients, remembering what it was; again is no change."""
+        if self._modes is not None:
+            return
+        self._modes = {module: module.training for module in self.network.modules()}
+        self._flags = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
+        self._home = next((parameter.device for parameter in self.network.parameters()), None)
+        self.network.eval().requires_grad_(False)
+
+    def release(self) -> None:
+        """Give the network back as :meth:`freeze` found it: modes, gradients, device; again is no change."""
+        if self._modes is None:
+            return
+        for module, was_training in self._modes.items():
+            module.training = was_training
+        for parameter, required_grad in self._flags:
+            parameter.requires_grad_(required_grad)
+        if self._home is not None and self._place is not None:
+            self.network.to(device=self._home)
+        self._modes, self._flags, self._home = None, [], None
+        self._runner, self._place = self.network, None
+
+    def check_apart_from(self, student: nn.Module) -> None:
+        """Check that no parameter is both the teacher's and the student's.
+
+        Args:
+            student: The module that is trained.
+
+        Raises:
+            ValueError: If teacher and student share a parameter, which freezing the teacher would freeze in both.
+
+        Example:
+            >>> FrozenTeacher(nn.Linear(2, 3)).check_apart_from(nn.Linear(2, 3))
+        """
+        students = {id(parameter): name for name, parameter in student.named_parameters()}
+        for name, parameter in self.network.named_parameters():
+            if id(parameter) in students:
+                raise ValueError(
+                    f"The teacher's parameter `{name}` is also the student's `{students[id(parameter)]}`: "
+                    f"give `copy.deepcopy(teacher)`, and do not hold the teacher in the LightningModule."
+                )
+
+    def move_to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Run on ``device`` in ``dtype`` from now on.
+
+        A network of another floating-point type is copied first, so that the user's weights keep their precision.
+
+        Args:
+            device: The student's device.
+            dtype: The student's floating-point type.
+        """
+        if self._place == (device, dtype):
+            return
+        if any(parameter.is_floating_point() and parameter.dtype != dtype for parameter in self.network.parameters()):
+            self._runner = deepcopy(self.network)
+        else:
+            self._runner = self.network
+        self._runner.to(device=device, dtype=dtype)
+        self._place = (device, dtype)
+
+    def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any], select: Callable[[Any], Tensor]) -> Tensor:
+        """Run the teacher and return its selected output, which carries no gradient and is finite.
+
+        Args:
+            args: Positional inputs, as the student got them.
+            kwargs: Keyword inputs, as the student got them.
+            select: Takes the tensor out of the network's output.
+
+        Returns:
+            An ordinary tensor: a target that may be saved for backward.
+
+        Raises:
+            ValueError: If the selected output holds NaN or infinite values.
+
+        Example:
+            >>> FrozenTeacher(nn.Flatten()).answer((torch.ones(1, 2, 1),), {}, select=lambda output: output)
+            tensor([[1., 1.]])
+        """
+        with torch.inference_mode():
+            answer = select(self._runner(*args, **kwargs))
+            is_finite = bool(torch.isfinite(answer).all())
+        if not is_finite:
+            raise ValueError(
+                f"The teacher `{type(self.network).__name__}` returned NaN or infinite values: "
+                f"check its weights, and that its inputs are normalised as the student's are."
+            )
+        # Inference tensors cannot be saved for backward; a clone made outside of inference mode is ordinary.
+        return answer.clone()

@@ -1,0 +1,144 @@
+"""Prunable weights: the parameters that pruning works on, counted as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.selection import weight_layers
+
+TRANSPOSED_LAYERS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def prunable_weights(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """Return the weights of the convolution and linear layers of ``model``, a shared weight once.
+
+    Args:
+        model: Any module.
+        exclude: Patterns of layer names to leave out, see :func:`lightning_compress.selection.match_names`.
+
+    Returns:
+        Parameters by layer name; a weight that several layers share stands under the first of them.
+
+    Raises:
+        ValueError: If a pattern matches no layer.
+        CompressionError: If a weight is not a plain initialized parameter.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
+        >>> [(name, tuple(weight.shape)) for name, weight in prunable_weights(net).items()]
+        [('0', (8, 3, 3, 3)), ('3', (2, 8))]
+    """
+    weights: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, layer in weight_layers(model, exclude).items():
+        weight = dict(layer.named_parameters(recurse=False)).get("weight")
+        if weight is None:
+            raise CompressionError(
+                f"The weight of layer `{name}` is computed from other parameters (a parametrization or a weight norm) "
+                f'and cannot be pruned in place. Remove the parametrization, or leave it out with `exclude=["{name}"]`.'
+            )
+        if is_lazy(weight):
+            raise CompressionError(
+                f"Layer `{name}` is lazy and has no weight yet. "
+                "Run one batch through the model before the fit to give it its shape."
+            )
+        if id(weight) not in seen:
+            seen.add(id(weight))
+            weights[name] = weight
+    return weights
+
+
+def check_pattern_fits(model: nn.Module, names: Sequence[str], pattern: tuple[int, int]) -> None:
+    """Check that the input dimension of every named layer can be cut into groups of m.
+
+    Args:
+        model: The module that holds the layers.
+        names: Names of convolution and linear layers.
+        pattern: ``(n, m)``: n of every m consecutive weights are kept.
+
+    Raises:
+        ValueError: If the inputs of a layer (per group of a grouped convolution) are not a multiple of m.
+
+    Example:
+        >>> check_pattern_fits(nn.Sequential(nn.Linear(8, 2)), ["0"], (2, 4))
+        >>> check_pattern_fits(nn.Sequential(nn.Linear(6, 2)), ["0"], (2, 4))
+        Traceback (most recent call last):
+        ...
+        ValueError: Layer `0` has 6 inputs, which is not a multiple of 4 as `pattern=(2, 4)` needs.
+        Leave it out with `exclude=["0"]`.
+    """
+    n, m = pattern
+    for name in names:
+        inputs = _inputs_per_group(model.get_submodule(name))
+        if inputs % m:
+            raise ValueError(
+                f"Layer `{name}` has {inputs} input{'s' * (inputs != 1)}, which is not a multiple of {m} "
+                f'as `pattern=({n}, {m})` needs. Leave it out with `exclude=["{name}"]`.'
+            )
+
+
+def input_dims(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
+    """Return which dimension of each named layer's weight runs over its inputs.
+
+    Args:
+        model: The module that holds the layers.
+        names: Names of convolution and linear layers.
+
+    Returns:
+        0 for transposed convolutions and 1 for all others, by layer name.
+
+    Example:
+        >>> input_dims(nn.Sequential(nn.Linear(8, 2), nn.ConvTranspose1d(2, 4, 3)), ["0", "1"])
+        {'0': 1, '1': 0}
+    """
+    return {name: 0 if isinstance(model.get_submodule(name), TRANSPOSED_LAYERS) else 1 for name in names}
+
+
+def sparsity(weights: Mapping[str, Tensor]) -> float:
+    """Return the fraction of zeros in ``weights``, counted entry by entry.
+
+    Args:
+        weights: Tensors by layer name.
+
+    Returns:
+        Zeros over entries, in [0, 1]; 0 where there are no entries.
+
+    Example:
+        >>> import torch
+        >>> sparsity({"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([0.0, 0.0])})
+        0.75
+    """
+    total = sum(weight.numel() for weight in weights.values())
+    return sum(_count_zeros(weight) for weight in weights.values()) / total if total else 0.0
+
+
+def sparsity_by_layer(weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the fraction of zeros of each weight, counted entry by entry.
+
+    Args:
+        weights: Non-empty tensors by layer name.
+
+    Returns:
+        Zeros over entries by layer name, in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> sparsity_by_layer({"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([0.0, 0.0])})
+        {'a': 0.5, 'b': 1.0}
+    """
+    return {name: _count_zeros(weight) / weight.numel() for name, weight in weights.items()}
+
+
+def _count_zeros(weight: Tensor) -> int:
+    return weight.numel() - int(weight.count_nonzero())
+
+
+def _inputs_per_group(layer: nn.Module) -> int:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    # Attributes of every convolution, transposed or not.
+    return int(layer.in_channels) // int(layer.groups)  # type: ignore[arg-type]

@@ -1,0 +1,108 @@
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.distillation import FrozenTeacher
+
+
+def identity(output: Tensor) -> Tensor:
+    return output
+
+
+def test_a_frozen_teacher_is_in_eval_mode_and_needs_no_gradient() -> None:
+    network = nn.Sequential(nn.Linear(2, 3), nn.Dropout())
+    FrozenTeacher(network).freeze()
+    assert not any(module.training for module in network.modules())
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_release_gives_back_every_mode_and_flag_as_it_was() -> None:
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3).eval(), nn.Linear(3, 2).requires_grad_(False))
+    teacher = FrozenTeacher(network)
+    teacher.freeze()
+    teacher.freeze()  # must not remember the frozen state as the one to give back
+    teacher.release()
+    assert [module.training for module in network] == [True, False, True]
+    assert [parameter.requires_grad for parameter in network.parameters()] == [True, True, True, True, False, False]
+
+
+def test_the_answer_is_an_ordinary_tensor_without_gradient() -> None:
+    teacher = FrozenTeacher(nn.Linear(2, 3))
+    answer = teacher.answer((torch.ones(4, 2, requires_grad=True),), {}, identity)
+    assert not answer.is_inference()
+    assert not answer.requires_grad
+
+
+def test_the_answer_can_be_saved_for_backward() -> None:
+    answer = FrozenTeacher(nn.Linear(2, 3)).answer((torch.ones(4, 2),), {}, identity)
+    weight = torch.ones(4, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad((weight * answer).sum(), weight)
+    torch.testing.assert_close(gradient, answer)
+
+
+def test_positional_and_keyword_inputs_reach_the_network() -> None:
+    class Affine(nn.Module):
+        def forward(self, x: Tensor, *, scale: float, offset: float = 0.0) -> dict[str, Tensor]:
+            return {"y": x * scale + offset}
+
+    answer = FrozenTeacher(Affine()).answer((torch.ones(2),), {"scale": 3.0, "offset": 1.0}, lambda output: output["y"])
+    assert answer.tolist() == [4.0, 4.0]
+
+
+def test_a_deep_copy_is_the_same_teacher() -> None:
+    teacher = FrozenTeacher(nn.Linear(2, 3))
+    assert copy.deepcopy({"teacher": teacher})["teacher"] is teacher
+
+
+def test_another_precision_leaves_the_users_weights_exact() -> None:
+    network = nn.Linear(2, 3)
+    before = network.weight.detach().clone()
+    teacher = FrozenTeacher(network)
+    teacher.freeze()
+    teacher.move_to(torch.device("cpu"), torch.bfloat16)
+    assert teacher.answer((torch.ones(1, 2, dtype=torch.bfloat16),), {}, identity).dtype == torch.bfloat16
+    teacher.release()
+    assert torch.equal(network.weight, before)
+
+
+def test_a_move_follows_the_student_from_one_precision_to_the_next() -> None:
+    teacher = FrozenTeacher(nn.Linear(2, 3))
+    dtypes = [torch.float64, torch.float32, torch.bfloat16]
+    answered = []
+    for dtype in dtypes:
+        teacher.move_to(torch.device("cpu"), dtype)
+        answered.append(teacher.answer((torch.ones(1, 2, dtype=dtype),), {}, identity).dtype)
+    assert answered == dtypes
+
+
+@pytest.mark.parametrize("teacher", ["resnet.pt", None, nn.Linear])
+def test_a_teacher_that_is_no_module_is_refused(teacher: Any) -> None:
+    message = f"`teacher` must be an nn.Module, got {type(teacher).__name__}."
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        FrozenTeacher(teacher)
+
+
+def test_a_parameter_shared_with_the_student_is_named() -> None:
+    student = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    message = (
+        "The teacher's parameter `weight` is also the student's `1.weight`: "
+        "give `copy.deepcopy(teacher)`, and do not hold the teacher in the LightningModule."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        FrozenTeacher(student[1]).check_apart_from(student)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_answer_that_is_not_finite_is_refused(value: float) -> None:
+    message = (
+        "The teacher `Linear` returned NaN or infinite values: "
+        "check its weights, and that its inputs are normalised as the student's are."
+    )
+    network = nn.Linear(2, 3)
+    nn.init.constant_(network.bias, value)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        FrozenTeacher(network).answer((torch.ones(1, 2),), {}, identity)

@@ -1,0 +1,82 @@
+"""Which weights the magnitude masks keep."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_compress.pruning import Scope, magnitude_mask, magnitude_masks
+
+
+def dropped_one_by_one(weights: dict[str, Tensor], n_dropped: int) -> dict[str, list[float]]:
+    """Slow reference: sort all entries by magnitude, then by position, and drop the first of them."""
+    entries = [
+        (abs(value), position, name, index)
+        for position, (name, weight) in enumerate(weights.items())
+        for index, value in enumerate(weight.flatten().tolist())
+    ]
+    kept = {name: [1.0] * weight.numel() for name, weight in weights.items()}
+    for _, _, name, index in sorted(entries, key=lambda entry: (entry[0], entry[1], entry[3]))[:n_dropped]:
+        kept[name][index] = 0.0
+    return kept
+
+
+@pytest.mark.parametrize(("sparsity", "kept"), [(0.0, [1, 1, 1, 1]), (0.5, [0, 1, 0, 1]), (1.0, [0, 0, 0, 0])])
+def test_the_largest_entries_are_kept(sparsity: float, kept: list[int]) -> None:
+    assert magnitude_mask(torch.tensor([0.1, -2.0, 0.5, 1.0]), sparsity).int().tolist() == kept
+
+
+def test_of_equal_entries_the_first_are_dropped() -> None:
+    mask = magnitude_mask(torch.tensor([[1.0, -1.0, 1.0], [5.0, 1.0, -1.0]]), 3 / 6)
+    assert mask.int().tolist() == [[0, 0, 0], [1, 1, 1]]
+
+
+def test_a_weight_of_zeros_is_pruned_to_the_exact_count() -> None:
+    assert magnitude_mask(torch.zeros(7), 3 / 7).int().tolist() == [0, 0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.123, 0.5, 0.8, 0.999, 1.0])
+def test_a_global_mask_equals_dropping_one_by_one(sparsity: float) -> None:
+    torch.manual_seed(0)
+    # Rounded to tenths there are many ties, inside a layer and between layers; 77 entries in all.
+    weights = {"a": torch.randn(5, 7).mul(10).round() / 10, "b": torch.randn(2, 3, 7).mul(10).round() / 10}
+    masks = magnitude_masks(weights, sparsity)
+    expected = dropped_one_by_one(weights, round(sparsity * 77))
+    assert {name: mask.float().flatten().tolist() for name, mask in masks.items()} == expected
+    assert [masks["a"].shape, masks["b"].shape] == [(5, 7), (2, 3, 7)]
+
+
+def test_one_threshold_for_all_layers_may_empty_a_small_one() -> None:
+    masks = magnitude_masks({"small": torch.full((4,), 0.1), "large": torch.full((4,), 9.0)}, 0.5)
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {"small": 0, "large": 4}
+
+
+def test_layer_scope_is_exact_in_each_layer_where_that_is_possible() -> None:
+    masks = magnitude_masks({"small": torch.full((4,), 0.1), "large": torch.full((8,), 9.0)}, 0.25, scope="layer")
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {"small": 3, "large": 6}
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.37, 0.5, 0.8])
+def test_layer_scope_is_exact_in_total_and_within_one_entry_in_each_layer(sparsity: float) -> None:
+    torch.manual_seed(0)
+    weights = {str(size): torch.randn(size) for size in (3, 5, 7, 9, 11, 13)}
+    dropped = {
+        size: int(size) - int(mask.sum()) for size, mask in magnitude_masks(weights, sparsity, scope="layer").items()
+    }
+    assert sum(dropped.values()) == round(sparsity * 48)
+    assert all(abs(count - sparsity * int(size)) < 1 for size, count in dropped.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_float_types_are_ranked_too(dtype: torch.dtype) -> None:
+    assert magnitude_mask(torch.tensor([0.1, -2.0, 0.5, 1.0], dtype=dtype), 0.5).int().tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_named(value: float, scope: Scope) -> None:
+    with pytest.raises(ValueError, match="NaN") as caught:
+        magnitude_masks({"a": torch.ones(2), "b": torch.tensor([1.0, value])}, 0.5, scope)
+    assert str(caught.value) == (
+        "The weight of layer `b` holds NaN or infinity, so its entries cannot be ranked. "
+        "The training has diverged: lower the learning rate or clip the gradients."
+    )
