@@ -240,7 +240,7 @@ class _Stitcher:
         self.program.operations += [value, operation]
 
     def _walk_entry(self, trace: Trace) -> None:
-        arguments = {name: None for name in passed_parameters(trace.key)}
+        arguments = dict.fromkeys(passed_parameters(trace.key))
         for operation in _operations_in(self._walk(trace, arguments)):
             operation.is_result = True
 
@@ -361,7 +361,9 @@ def _trace_forward(module: nn.Module, key: CallKey) -> fx.Graph:
     except UntraceableError:
         raise
     except Exception as error:  # user code on proxies may raise anything at all; whatever it is, the graph is missing
-        raise UntraceableError(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}") from error
+        raise UntraceableError(
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        ) from error
     finally:
         for name in set(vars(module)) - attributes:
             delattr(module, name)
@@ -408,7 +410,9 @@ def _functionalize_(graph: fx.Graph, module: nn.Module) -> None:
             continue
         if node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:
             node.target = _IN_PLACE_OPERATORS[node.target]
-        node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
+        for user in list(node.args[0].users):
+            if order[user] > order[node]:
+                user.replace_input_with(node.args[0], node)
 
 
 class _ShallowTracer(fx.Tracer):

@@ -31,9 +31,7 @@ class CubicSchedule:
 
     def __post_init__(self) -> None:
         if self.begin_step > self.end_step:
-            raise ValueError(
-                f"`begin_step` must not come after `end_step`, got {self.begin_step} and {self.end_step}."
-            )
+            raise ValueError(f"`begin_step` must not come after `end_step`, got {self.begin_step} and {self.end_step}.")
 
     def __call__(self, step: int) -> float:
         """Return the sparsity at optimizer step ``step``."""

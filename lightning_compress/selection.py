@@ -47,9 +47,7 @@ def match_names(names: Iterable[str], patterns: Sequence[str], argument: str) ->
     for pattern in patterns:
         hits = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
         if not hits:
-            raise ValueError(
-                f"`{argument}` pattern {pattern!r} matches no layer. The layers are: {_listing(names)}."
-            )
+            raise ValueError(f"`{argument}` pattern {pattern!r} matches no layer. The layers are: {_listing(names)}.")
         matched |= hits
     return matched
 

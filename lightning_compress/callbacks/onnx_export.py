@@ -46,7 +46,6 @@ VERIFY_SAMPLES = 256
 """Validation samples that the file is compared on, at most."""
 
 
-
 class OnnxExport(pl.Callback):
     """Write the trained network to an ONNX file when the fit ends, prove it in ONNX Runtime, measure it, report it.
 
@@ -258,9 +257,7 @@ class OnnxExport(pl.Callback):
             chosen = self._chosen(trainer, pl_module)
             network = chosen.get_submodule(self._called)
             calls = _at_most(self._calls, VERIFY_SAMPLES)
-            self.result = export_onnx(
-                network, calls[0], self.path, verify_inputs=calls, progress=progress.tell
-            )
+            self.result = export_onnx(network, calls[0], self.path, verify_inputs=calls, progress=progress.tell)
             self.report = self._measured(trainer, chosen, network, progress)
             progress.tell("writing the report")
             folder = self.path.parent
@@ -393,9 +390,7 @@ def best_complete_checkpoint(trainer: pl.Trainer) -> Path | None:
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
             continue
-        ranked = sorted(
-            callback.best_k_models.items(), key=lambda item: float(item[1]), reverse=callback.mode == "max"
-        )
+        ranked = sorted(callback.best_k_models.items(), key=lambda item: float(item[1]), reverse=callback.mode == "max")
         for name, _ in ranked:
             checkpoint = torch.load(name, map_location="cpu", weights_only=False)
             states = checkpoint.get(COMPRESSION_KEY, {})

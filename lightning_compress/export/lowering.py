@@ -74,7 +74,7 @@ def lower(model: nn.Module, names: list[str] | None = None) -> nn.Module:
 
 
 class _LoweredForward:
-    """Runs the eval graph of a module node by node, with quantize/dequantize pairs after the nodes that have a place."""
+    """Runs the eval graph of a module node by node, with a quantize/dequantize pair wherever there is a place."""
 
     def __init__(
         self,
@@ -277,5 +277,3 @@ def _dequantized(integers: Tensor | None, scales: Tensor | None) -> Tensor:
 
 def _pass_through(input: Tensor) -> Tensor:
     return input
-
-

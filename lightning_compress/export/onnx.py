@@ -288,9 +288,7 @@ def _translations(program: torch.export.ExportedProgram) -> dict[Callable[..., A
     return table
 
 
-def _quantize_per_tensor(
-    input: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int
-) -> Any:
+def _quantize_per_tensor(input: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int) -> Any:
     integers = op.QuantizeLinear(input, _float_constant(scale), _uint8_constant(zero_point))
     if quant_max < 255:
         integers = op.Clip(integers, _uint8_constant(quant_min), _uint8_constant(quant_max))

@@ -82,8 +82,10 @@ def compare_outputs(
             if ours.is_floating_point() and ours.dim() >= 2 and ours.shape[1] > 1:
                 has_classes = True
                 ours_top, theirs_top = ours.argmax(1), theirs.argmax(1)
-                agreeing += int((ours_top == theirs_top).flatten(1).all(1).sum()) if ours_top.dim() > 1 else int(
-                    (ours_top == theirs_top).sum()
+                agreeing += (
+                    int((ours_top == theirs_top).flatten(1).all(1).sum())
+                    if ours_top.dim() > 1
+                    else int((ours_top == theirs_top).sum())
                 )
                 classes |= set(ours_top.flatten().tolist())
                 break

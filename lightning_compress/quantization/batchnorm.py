@@ -68,7 +68,9 @@ def norm_factor_and_offset(norm: nn.Module, dtype: torch.dtype = torch.float32) 
     mean, variance = norm.running_mean, norm.running_var
     assert isinstance(mean, Tensor)
     assert isinstance(variance, Tensor)
-    factor = torch.rsqrt(variance.to(dtype) + norm.eps)
+    eps = norm.eps
+    assert isinstance(eps, float)
+    factor = torch.rsqrt(variance.to(dtype) + eps)
     if isinstance(norm.weight, Tensor):
         factor = factor * norm.weight.to(dtype)
     offset = -mean.to(dtype) * factor

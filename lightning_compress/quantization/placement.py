@@ -24,7 +24,8 @@ Role = Literal["source", "weighted", "norm", "clamp", "arithmetic", "concat", "t
 
 ``source``: a value from outside. ``weighted``: convolution or linear layer. ``clamp``: an activation that a quantizer
 takes over. ``arithmetic``, ``concat``: run in integers when all they read and write is quantized. ``transparent``:
-moves or picks values, so its result lies on the grid of what it read. ``scalar``: yields no tensor. ``float``: the rest.
+moves or picks values, so its result lies on the grid of what it read. ``scalar``: yields no tensor. ``float``: all
+else.
 """
 
 QUANTIZABLE_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

@@ -131,7 +131,9 @@ class RewrittenForward:
         names = passed_parameters(key)
         parameters = list(self.signature.parameters.values())
         leading = [parameter.name for parameter in parameters[: len(names)]]
-        if leading == names and all(parameter.default == dict(key)[parameter.name] for parameter in parameters[len(names) :]):
+        if leading == names and all(
+            parameter.default == dict(key)[parameter.name] for parameter in parameters[len(names) :]
+        ):
             self.positional = (len(names), variant)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -250,8 +252,8 @@ class QuantizedLayerForward:
 
     def _parameters(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.owner.weight, self.owner.bias
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"A layer's weight must be a tensor, got {type(weight).__name__}.")
+        assert isinstance(weight, Tensor)
+        assert bias is None or isinstance(bias, Tensor)
         bits = self.state.weight_bits
         if not self.state.is_quantizing:
             return weight, bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 _COUNT_UNITS = ("", "k", "M", "G", "T")
@@ -88,8 +89,7 @@ def _with_unit(value: float, units: Sequence[str]) -> str:
 
 
 def _three_digits(value: float) -> str:
-    if abs(value) >= 100:
-        return f"{value:.0f}"
-    if abs(value) >= 10:
-        return f"{value:.1f}"
-    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+    rounded = abs(float(f"{value:.3g}"))  # 9.996 has to count as 10.0
+    if rounded == 0.0:
+        return "0"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(rounded)))}f}"

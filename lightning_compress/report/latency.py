@@ -98,7 +98,8 @@ def compare_latency(
 
     A round runs every file once, in alternating order; the first rounds warm up and are dropped. The budget is
     split evenly over the batch sizes; where it runs out, fewer rounds are measured, but never under
-    :data:`MIN_ROUNDS` (a larger ``rounds`` costs nothing then).
+    :data:`MIN_ROUNDS`. Threads wait without spinning: with several sessions in one process, and on a busy machine,
+    spinning costs several times the run itself.
 
     Args:
         files: Name and path of each file; the first is the one the others are compared with.
@@ -179,8 +180,8 @@ def _session(onnxruntime: Any, path: str | PathLike[str], threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Idle threads of one session would otherwise spin on while another session is being timed.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Spinning threads, those of the other sessions too, take processors from the run that is being timed.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(fspath(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -26,7 +26,7 @@ _SMOOTHED_POINTS = 60
 _NAMES_SHOWN = 60
 _LABELLED_BARS = 40
 _FEW_LAYERS = 10
-_NAME_CHARACTERS = 26
+_NAME_CHARACTERS = 28
 _TITLE_CHARACTERS = 90
 
 
@@ -245,7 +245,7 @@ def _spans(points: Sequence[tuple[int, float]]) -> Iterator[tuple[int, int, int]
         for position, (step, phase) in enumerate(points)
         if math.isfinite(phase) and (position == 0 or phase != points[position - 1][1])
     ]
-    ends = [*changes[1:], (points[-1][0], 0)] if points else []
+    ends = [*changes[1:], (points[-1][0], 0)] if changes else []
     for (start, phase), (end, _) in zip(changes, ends, strict=True):
         if phase in _PHASE_COLOURS and end > start:
             yield start, end, phase
@@ -299,7 +299,11 @@ def _start_of(text: str, n_characters: int) -> str:
 
 def _end_of(text: str, n_characters: int) -> str:
     # Layers differ in the end of their names: the start is what they share.
-    return text if len(text) <= n_characters else f"...{text[3 - n_characters :].lstrip('.')}"
+    if len(text) <= n_characters:
+        return text
+    end = text[2 - n_characters :]
+    # Cut at a dot where there is one: `...2.conv` must not stand for `layer.12.conv`.
+    return f"...{end.partition('.')[2] or end[1:]}"
 
 
 def _import_matplotlib() -> tuple[Any, Any, Any]:

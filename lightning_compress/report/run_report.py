@@ -317,8 +317,11 @@ def _plain(value: object) -> Any:
 
 
 def _rebuilt(kind: type[T], plain: Mapping[str, Any], **parts: Any) -> T:
-    names = [entry.name for entry in fields(kind) if entry.name not in parts]  # type: ignore[arg-type]
-    return kind(**{name: _number(plain[name]) for name in names}, **parts)
+    entries = [entry for entry in fields(kind) if entry.name not in parts]  # type: ignore[arg-type]
+    values = {
+        entry.name: _number(plain[entry.name]) if "float" in str(entry.type) else plain[entry.name] for entry in entries
+    }
+    return kind(**values, **parts)
 
 
 def _layers(rows: Iterable[Mapping[str, Any]]) -> tuple[LayerStatistics, ...]:
