@@ -99,7 +99,7 @@ def compare_latency(
     A round runs every file once, in alternating order; the first rounds warm up and are dropped. The budget is
     split evenly over the batch sizes; where it runs out, fewer rounds are measured, but never under
     :data:`MIN_ROUNDS`. Threads wait without spinning: with several sessions in one process, and on a busy machine,
-    spinning costs several times the run itself.
+    spinning can cost more than the run itself.
 
     Args:
         files: Name and path of each file; the first is the one the others are compared with.
