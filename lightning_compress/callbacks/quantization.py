@@ -218,11 +218,11 @@ class QuantizationAwareTraining(pl.Callback):
                 f"{self._start_step}: the model is in float. Choose an earlier `start`, or resume the run to finish."
             )
             return
-        unseen = quantization.ranges.unseen()
-        if unseen:
+        unreached = quantization.unreached_layers()
+        if unreached:
             rank_zero_warn(
-                f"{len(unseen)} quantizers saw no data in training and stay in float: {', '.join(unseen[:5])}. "
-                "The training step never reached these parts of the network."
+                f"The training step never reached {len(unreached)} layers, which stay in float: "
+                f"{', '.join(f'`{name}`' for name in unreached[:5])}. Leave them out with `exclude`, or call them."
             )
 
     @property

@@ -89,6 +89,17 @@ class Quantization:
             if isinstance(vars(module).get("forward"), QuantizedLayerForward)
         }
 
+    def unreached_layers(self) -> list[str]:
+        """Return the names of the quantized layers whose input was never observed."""
+        forwards = {name: vars(module).get("forward") for name, module in self.model.named_modules()}
+        return [
+            name
+            for name, forward in forwards.items()
+            if isinstance(forward, QuantizedLayerForward)
+            and forward.input_index is not None
+            and not self.ranges.is_seen(forward.input_index)
+        ]
+
     def state_dict(self) -> dict[str, Any]:
         """Return settings, phase and ranges as plain types and CPU tensors."""
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """Run the demo on scikit-learn's digits; return what it printed and the folder it wrote to."""
     folder = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "examples.quickstart", "--quick", "--data", "digits", "--out", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    # On one thread: two that wait for each other take minutes where other work keeps the processors busy.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, folder
 
@@ -42,10 +45,10 @@ def test_the_demos_report_holds_the_sparsity_and_the_accuracy_at_all_three_place
     _, folder = demo
     report = json.loads((folder / "report.json").read_text())
     assert report["statistics"]["sparsity"] == pytest.approx(0.8, abs=1e-4)
-    (accuracy,) = report["metrics"]
+    accuracy = report["metrics"][-1]
     assert accuracy["name"] == "test accuracy, %"
-    assert accuracy["before"] > 50.0
-    assert accuracy["after"] > 30.0
+    assert accuracy["before"] > 80.0
+    assert accuracy["after"] > 80.0
     assert accuracy["onnxruntime"] == pytest.approx(accuracy["after"], abs=1.0)
 
 
@@ -53,4 +56,4 @@ def test_the_demo_says_what_it_trained_on_and_what_came_out(demo: tuple[str, Pat
     printed, _ = demo
     assert "scikit-learn's digits: 800 images an epoch, 360 for the final figure." in printed
     assert "Unstructured zeros do not speed up ONNX Runtime" in printed
-    assert "Student, compressed, the int8 file in ONNX Runtime: " in printed
+    assert "student, distilled, 80 % zeros, int8, the file in ONNX Runtime: " in printed
