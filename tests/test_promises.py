@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.model_summary import ModelSummary
+from lightning.pytorch.utilities.model_summary.model_summary import ModelSummary
 from torch import Tensor, nn
 
 from lightning_compress import (
@@ -35,6 +35,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*in eval mode",
     "ignore:Be aware that when using `ckpt_path`, callbacks used to create",
 )
+
 
 def run_session(path: Path, image: Tensor) -> Tensor:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

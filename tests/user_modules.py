@@ -51,12 +51,13 @@ class LayersOnSelf(L.LightningModule):
         first = self.relu(self.bn1(self.conv1(image)))
         second = self.bn2(self.conv2(first))
         second += first
-        return self.fc(self.relu(second).mean((2, 3)))
+        logits: Tensor = self.fc(self.relu(second).mean((2, 3)))
+        return logits
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(self(batch["image"]), batch["label"])
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
         return self.loss(batch)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -96,7 +97,8 @@ class NetWithKeywords(LayersOnSelf):
         self.net = KeywordNet(width)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.net(image=image, shift=torch.zeros_like(image))["logits"]
+        logits: Tensor = self.net(image=image, shift=torch.zeros_like(image))["logits"]
+        return logits
 
 
 class TwoNetworks(LayersOnSelf):
@@ -110,7 +112,8 @@ class TwoNetworks(LayersOnSelf):
 
     def forward(self, image: Tensor) -> Tensor:
         pooled, _ = self.encoder(image)
-        return self.classifier(pooled)
+        logits: Tensor = self.classifier(pooled)
+        return logits
 
 
 class Encoder(nn.Module):
@@ -133,11 +136,12 @@ class ManualOptimization(LayersOnSelf):
         super().__init__(width)
         self.automatic_optimization = False
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(self.loss(batch))
         optimizer.step()
+        return None
 
 
 USER_MODULES = (LayersOnSelf, NetWithKeywords, TwoNetworks, ManualOptimization)

@@ -106,6 +106,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._freeze_step = 0
         self._last_step = -1
         self._begun_step = -1
+        self._frozen_norms: list[nn.Module] = []
 
     @property
     def quantization(self) -> Quantization:
@@ -189,7 +190,7 @@ class QuantizationAwareTraining(pl.Callback):
         quantization.is_quantizing = step >= self._start_step
         quantization.is_observing = self._is_observing(step)
         if step >= self._freeze_step:
-            freeze_batchnorm_(quantization.model)
+            self._frozen_norms += freeze_batchnorm_(quantization.model)
 
     @override
     def on_train_batch_end(
@@ -212,6 +213,7 @@ class QuantizationAwareTraining(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         quantization = self.quantization
         quantization.is_observing = False
+        self._thaw()
         if not quantization.is_quantizing:
             rank_zero_warn(
                 f"The fit ended after {completed_steps(trainer)} optimizer steps, before quantization started at "
@@ -224,6 +226,18 @@ class QuantizationAwareTraining(pl.Callback):
                 f"The training step never reached {len(unreached)} layers, which stay in float: "
                 f"{', '.join(f'`{name}`' for name in unreached[:5])}. Leave them out with `exclude`, or call them."
             )
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._slot.quantization is not None:
+            self._slot.quantization.is_observing = False
+        self._thaw()
+
+    def _thaw(self) -> None:
+        """Let the batch norms train again: the next fit begins with them as this one did."""
+        for norm in self._frozen_norms:
+            norm.train()
+        self._frozen_norms = []
 
     @property
     def _warm_up_step(self) -> int:

@@ -79,17 +79,29 @@ def norm_factor_and_offset(norm: nn.Module, dtype: torch.dtype = torch.float32) 
     return factor, offset
 
 
-def freeze_batchnorm_(model: nn.Module) -> None:
+def freeze_batchnorm_(model: nn.Module) -> list[nn.Module]:
     """Let the batch norms of ``model`` use and keep their running statistics, also while it trains.
 
-    Norms without running statistics stay as they are. ``model.train()`` undoes it.
+    Norms without running statistics stay as they are.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The norms that were training before; ``norm.train()`` undoes it for each.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
-        >>> freeze_batchnorm_(net)
+        >>> [type(norm).__name__ for norm in freeze_batchnorm_(net)]
+        ['BatchNorm1d']
         >>> net[0].training, net[1].training
         (True, False)
     """
-    for module in model.modules():
-        if isinstance(module, NORMS) and module.running_mean is not None:
-            module.eval()
+    trained: list[nn.Module] = [
+        module
+        for module in model.modules()
+        if isinstance(module, NORMS) and module.running_mean is not None and module.training
+    ]
+    for module in trained:
+        module.eval()
+    return trained

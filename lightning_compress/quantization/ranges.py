@@ -103,6 +103,8 @@ class ActivationRanges:
 
     def start_from(self, index: int, minimum: Tensor, maximum: Tensor) -> AffineGrid:
         """Give quantizer ``index``, which has seen nothing yet, a grid for this step from a first value's range."""
+        if not (torch.isfinite(minimum) and torch.isfinite(maximum)):
+            raise _not_finite(self.names[index])
         largest = torch.tensor([float(2 ** self.bits[index] - 1)], device=minimum.device)
         scale, zero_point = affine_parameters(minimum.detach().view(1), maximum.detach().view(1), largest)
         self._grids[index] = AffineGrid(scale.item(), int(zero_point.item()), self.bits[index])
@@ -179,11 +181,7 @@ class ActivationRanges:
             self.maximum.eq(math.inf)
         )
         if broken.any():
-            name = self.names[int(broken.nonzero()[0])]
-            raise CompressionError(
-                f"The activation at `{name}` was NaN or infinite, so it has no range to quantize to. "
-                "The training diverged before: lower the learning rate, clip the gradients, or check the data."
-            )
+            raise _not_finite(self.names[int(broken.nonzero()[0])])
 
     def _compute(self) -> tuple[Tensor, Tensor]:
         largest = torch.tensor([float(2**bits - 1) for bits in self.bits], device=self.minimum.device)
@@ -200,3 +198,10 @@ def _check_match(names: Sequence[str], saved: Sequence[str]) -> None:
             f"The checkpoint quantizes `{unknown[0]}`, which this model does not have. "
             "Load it into the architecture, and with the `exclude`, that it was written with."
         )
+
+
+def _not_finite(name: str) -> CompressionError:
+    return CompressionError(
+        f"The activation at `{name}` was NaN or infinite, so it has no range to quantize to. "
+        "The training diverged before: lower the learning rate, clip the gradients, or check the data."
+    )

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import onnx
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_compress import MagnitudePruning, OnnxExport, QuantizationAwareTraining
+from lightning_compress.callbacks import onnx_export
+from lightning_compress.callbacks.onnx_export import best_complete_checkpoint, check_writable
+from lightning_compress.errors import CompressionError, MissingExtraError, ParityError
+from lightning_compress.report import RunReport
+from tests.training import quiet_trainer
+from tests.user_modules import LayersOnSelf, NetWithKeywords, loader
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The '.*dataloader' does not have many workers",
+    "ignore:You defined a `validation_step` but have no",
+    "ignore:Checkpoint directory .* exists and is not empty",
+)
+
+
+def test_a_run_leaves_a_file_a_report_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export = OnnxExport(tmp_path / "model.onnx", metric="val_acc")
+    callbacks = [MagnitudePruning(0.5, start=0.6, end=0.8), QuantizationAwareTraining(start=0.6), export]
+    torch.manual_seed(0)
+    model = LayersOnSelf()
+    trainer = quiet_trainer(tmp_path, callbacks)
+    trainer.fit(model, loader(), loader(40, seed=1))
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "report.json", "report.png"]
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    report = RunReport.from_dict(json.loads((tmp_path / "report.json").read_text()))
+    assert report == export.report
+    assert report.statistics is not None
+    weights = [layer.weight for layer in (model.conv1, model.conv2, model.fc)]
+    assert report.statistics.weight_parameters == sum(weight.numel() for weight in weights) == 72 + 576 + 32
+    assert report.statistics.weight_nonzeros == sum(int(weight.count_nonzero()) for weight in weights) == 340
+    assert report.statistics.macs == 72 * 64 + 576 * 64 + 32
+    assert [layer.bits for layer in report.statistics.layers] == [8, 8, 8]
+    assert report.sizes is not None
+    assert report.sizes.onnx_bytes == (tmp_path / "model.onnx").stat().st_size
+    assert report.latency is not None
+    assert [(row.file, row.batch_size) for row in report.latency.rows] == [
+        ("fp32", 1),
+        ("this file", 1),
+        ("fp32", 8),
+        ("this file", 8),
+    ]
+    (metric,) = report.metrics
+    assert metric.after == trainer.callback_metrics["val_acc"].item()
+    assert metric.onnxruntime == pytest.approx(metric.after, abs=1 / 40)
+    assert metric.before is not None
+    assert report.float_ops == {}
+    assert report.integer_ops == {"conv": 2, "add": 1, "gemm": 1}
+    assert "Unstructured zeros do not speed up ONNX Runtime" in report.to_text()
+
+
+@pytest.mark.parametrize("callbacks", [[], [MagnitudePruning(0.5, end=0.5)]], ids=["not compressed", "only pruned"])
+def test_a_float_network_becomes_a_float_file(callbacks: list[L.Callback], tmp_path: Path) -> None:
+    export = OnnxExport(tmp_path / "model.onnx", latency=False)
+    quiet_trainer(tmp_path, [*callbacks, export]).fit(LayersOnSelf(), loader(), loader(16, seed=1))
+    assert export.result is not None
+    assert export.result.parity.max_abs_diff < 1e-4
+    assert export.result.parity.max_diff_steps is None
+    kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert "QuantizeLinear" not in kinds
+
+
+def test_without_validation_the_training_batches_serve(tmp_path: Path) -> None:
+    export = OnnxExport(tmp_path / "model.onnx", latency=False)
+    quiet_trainer(tmp_path, [export]).fit(LayersOnSelf(), loader())
+    assert export.result is not None
+    assert export.result.parity.samples == 8
+
+
+def test_the_live_module_goes_on_as_before(tmp_path: Path) -> None:
+    model = LayersOnSelf()
+    export = OnnxExport(tmp_path / "model.onnx", latency=False)
+    quiet_trainer(tmp_path, [QuantizationAwareTraining(), export]).fit(model, loader(), loader(16, seed=1))
+    assert model.training
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
+    before = model.fc.weight.clone()
+    quiet_trainer(tmp_path, max_epochs=1).fit(model, loader())
+    assert not torch.equal(model.fc.weight, before)
+
+
+def test_a_dry_run_writes_nothing_over_a_real_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_text("precious")
+    quiet_trainer(tmp_path, [OnnxExport(path)], fast_dev_run=True).fit(LayersOnSelf(), loader(), loader(16))
+    assert path.read_text() == "precious"
+
+
+class WorseAndWorse(LayersOnSelf):
+    """Logs a score that is best before compression begins."""
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("score", 1.0 / (1 + self.current_epoch))
+
+
+def test_the_best_weights_are_those_of_a_compressed_checkpoint(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path / "kept", "{epoch}", monitor="score", mode="max", save_top_k=1)
+    export = OnnxExport(tmp_path / "model.onnx", weights="best", latency=False)
+    torch.manual_seed(0)
+    model = WorseAndWorse()
+    # Fully compressed from the second half of epoch 1 on; the scores fall from epoch to epoch.
+    callbacks = [MagnitudePruning(0.5, end=0.3), QuantizationAwareTraining(start=0.3), export, keep]
+    trainer = quiet_trainer(tmp_path, callbacks, max_epochs=4, enable_checkpointing=True)
+    trainer.fit(model, loader(), loader(16, seed=1))
+    assert best_complete_checkpoint(trainer) == tmp_path / "kept" / "epoch=1.ckpt"
+    chosen = torch.load(tmp_path / "kept" / "epoch=1.ckpt", weights_only=True)["state_dict"]["fc.bias"]
+    (bias,) = (
+        onnx.numpy_helper.to_array(tensor)
+        for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT32 and list(tensor.dims) == [4]
+    )
+    assert not torch.equal(chosen, model.fc.bias.detach())
+    assert bias.tolist() != [0] * 4
+    assert torch.equal(torch.from_numpy(bias).sign(), chosen.sign().to(torch.int32))
+
+
+def test_without_a_compressed_checkpoint_the_last_weights_are_exported(tmp_path: Path) -> None:
+    export = OnnxExport(tmp_path / "model.onnx", weights="best", latency=False)
+    trainer = quiet_trainer(tmp_path, [QuantizationAwareTraining(), export])
+    with pytest.warns(UserWarning, match="^No checkpoint of the Trainer's `ModelCheckpoint` had reached the full"):
+        trainer.fit(LayersOnSelf(), loader(), loader(16, seed=1))
+    assert export.result is not None
+
+
+@pytest.mark.parametrize("error", [ParityError("differs at `conv1`"), KeyboardInterrupt()])
+def test_a_failed_export_keeps_the_trained_weights(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(onnx_export, "export_onnx", fail)
+    model = LayersOnSelf()
+    trainer = quiet_trainer(tmp_path, [QuantizationAwareTraining(), OnnxExport(tmp_path / "model.onnx")])
+    with (
+        pytest.warns(UserWarning, match=re.escape(f"the trained weights are kept in {tmp_path / 'model.ckpt'}.")),
+        pytest.raises((ParityError, SystemExit, KeyboardInterrupt)),
+    ):
+        trainer.fit(model, loader(), loader(16, seed=1))
+    kept = LayersOnSelf.load_from_checkpoint(tmp_path / "model.ckpt")
+    for name, value in model.state_dict().items():
+        assert torch.equal(kept.state_dict()[name], value), name
+    assert "quantization" in torch.load(tmp_path / "model.ckpt", weights_only=True)["lightning_compress"]
+
+
+def test_a_path_that_is_a_folder_is_refused_before_the_training(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, [OnnxExport(tmp_path)])
+    with pytest.raises(ValueError, match="cannot write") as caught:
+        trainer.fit(LayersOnSelf(), loader())
+    assert str(caught.value) == (
+        f"`OnnxExport` cannot write {tmp_path}: {tmp_path} is a folder. Choose a path in a folder you may write to."
+    )
+    assert trainer.global_step == 0
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write") as caught:
+        check_writable(tmp_path / "file" / "model.onnx")
+    assert str(caught.value).endswith("Choose a path in a folder you may write to.")
+
+
+def test_unknown_weights_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match='^`weights` must be "last" or "best", got "first".$'.replace('"first"', "'first'")
+    ):
+        OnnxExport("model.onnx", weights="first")  # type: ignore[arg-type]
+
+
+def test_a_missing_runtime_is_told_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    trainer = quiet_trainer(tmp_path, [OnnxExport(tmp_path / "model.onnx")])
+    with pytest.raises(MissingExtraError) as caught:
+        trainer.fit(LayersOnSelf(), loader())
+    assert str(caught.value) == (
+        "ONNX Runtime is needed to verify the exported file and is not installed. "
+        "Install it with `pip install onnxruntime`."
+    )
+    assert trainer.global_step == 0
+
+
+class StepsWithoutANetwork(NetWithKeywords):
+    """Uses two halves of its network apart, and never the network."""
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        features = self.net.pool(self.net.features(batch["image"]))
+        return nn.functional.cross_entropy(self.net.head(features.flatten(1)), batch["label"])
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch), batch_size=8)
+
+
+def test_steps_that_call_no_network_are_told_how_to_point_at_one(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, [OnnxExport(tmp_path / "model.onnx")])
+    with (
+        pytest.warns(UserWarning, match="The export failed; the trained weights are kept in"),
+        pytest.raises(CompressionError) as caught,
+    ):
+        trainer.fit(StepsWithoutANetwork(), loader(), loader(16, seed=1))
+    assert str(caught.value) == (
+        "Neither the training nor the validation steps of `StepsWithoutANetwork` called a network that can be "
+        "exported, so `OnnxExport` has no inputs to export it with. Call `self(...)` in them, or name the network "
+        'with `OnnxExport(..., module="...")`.'
+    )
+
+
+def test_one_submodule_alone_can_be_exported(tmp_path: Path) -> None:
+    export = OnnxExport(tmp_path / "model.onnx", module="net.features", latency=False)
+    quiet_trainer(tmp_path, [export]).fit(StepsWithoutANetwork(), loader(), loader(16, seed=1))
+    assert export.result is not None
+    assert export.result.input_names == ("input",)
+
+
+def test_the_history_survives_a_resume(tmp_path: Path) -> None:
+    export = OnnxExport(tmp_path / "model.onnx", latency=False)
+    trainer = quiet_trainer(tmp_path, [export], max_epochs=1)
+    trainer.fit(LayersOnSelf(), loader(), loader(16, seed=1))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    again = OnnxExport(tmp_path / "model.onnx", latency=False)
+    quiet_trainer(tmp_path, [again], max_epochs=2).fit(
+        LayersOnSelf(), loader(), loader(16, seed=1), ckpt_path=tmp_path / "end.ckpt", weights_only=True
+    )
+    steps = [step for step, _ in again.history.series("train_loss")]
+    assert steps == list(range(1, 17))
+    assert again.history.series("train_loss")[:8] == export.history.series("train_loss")
