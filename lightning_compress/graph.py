@@ -7,10 +7,12 @@ operations for the whole model, each with the operations it reads and the operat
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,6 +26,34 @@ CallKey = tuple[tuple[str, Any], ...]
 
 
 _SIZE_METHODS = frozenset({"size", "dim", "numel", "ndimension", "__len__"})
+_SIZE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "requires_grad", "is_cuda"})
+_VIEWS = frozenset(
+    {
+        "chunk",
+        "contiguous",
+        "detach",
+        "dropout",
+        "expand",
+        "flatten",
+        "getitem",
+        "movedim",
+        "narrow",
+        "permute",
+        "reshape",
+        "select",
+        "split",
+        "squeeze",
+        "swapaxes",
+        "t",
+        "transpose",
+        "unbind",
+        "unflatten",
+        "unsqueeze",
+        "view",
+    }
+)
+"""Operations, by name, whose result may lie in the memory of their first argument."""
+_VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 class UntraceableError(Exception):
@@ -273,7 +303,12 @@ class _Stitcher:
             elif node.op == "call_module":
                 values[node] = self._call(node, trace, values)
             elif node.target is operator.getitem and isinstance(values.get(node.args[0]), tuple | list | dict):
-                values[node] = values[node.args[0]][_substitute(node.args[1], values)]
+                values[node] = _entry(values[node.args[0]], _substitute(node.args[1], values))
+            elif _is_record(node.target):
+                bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+                values[node] = _Record(_substitute(bound.arguments, values))
+            elif node.target is getattr and isinstance(values.get(node.args[0]), _Record):
+                values[node] = values[node.args[0]].get(node.args[1])
             else:
                 kind: Literal["function", "method"] = "function" if node.op == "call_function" else "method"
                 values[node] = self._add(kind, node.target, trace.path, node, trace, values)
@@ -294,6 +329,10 @@ class _Stitcher:
         signature = forward_signature(child)
         key = call_key(signature, node.args, node.kwargs)
         child_trace = self._trace(child, key)
+        if child_trace is not None and self._overwrites_what_is_read_again(node, child_trace, trace):
+            self.program.untraceable[path] = "it overwrites its input, which is read again after it"
+            del self.program.traces[id(child), child_trace.key]
+            child_trace = None
         if child_trace is None or key is None:
             for grandchild in child.children():
                 self._enter(grandchild)
@@ -302,6 +341,19 @@ class _Stitcher:
         bound = signature.bind(*_substitute(node.args, values), **_substitute(node.kwargs, values))
         bound.apply_defaults()
         return self._walk(child_trace, bound.arguments)
+
+    def _overwrites_what_is_read_again(self, node: fx.Node, child: Trace, parent: Trace) -> bool:
+        """Tell whether ``node`` of ``parent``, a call of ``child``, changes a value that ``parent`` reads afterwards."""
+        bound = forward_signature(child.module).bind(*node.args, **node.kwargs).arguments
+        overwritten = {bound.get(name) for name in overwritten_parameters(child)}
+        order = {reader: position for position, reader in enumerate(parent.evaluation.nodes)}
+        return any(
+            order[reader] > order[node]
+            for value in overwritten
+            if isinstance(value, fx.Node)
+            for reader in value.users
+            if reader is not node
+        )
 
     def _add(
         self,
@@ -315,7 +367,9 @@ class _Stitcher:
         inputs = list(_operations_in([_substitute(node.args, values), _substitute(node.kwargs, values)]))
         operation = Operation(kind, target, path, node, trace, inputs)
         operation.is_scalar = kind in ("function", "method") and (
-            target is getattr or target in _SIZE_METHODS or (bool(inputs) and all(value.is_scalar for value in inputs))
+            (target is getattr and node.args[1] in _SIZE_ATTRIBUTES)
+            or target in _SIZE_METHODS
+            or (bool(inputs) and all(value.is_scalar for value in inputs))
         )
         for value in inputs:
             value.users.append(operation)
@@ -336,7 +390,7 @@ def trace_module(module: nn.Module, key: CallKey, path: str = "") -> Trace:
 
     Raises:
         UntraceableError: If the forward has no fixed graph: control flow on values, tensors or random numbers made
-            while it ran, or a forward set on the instance.
+            while it ran, or attributes that it sets.
 
     Example:
         >>> trace = trace_module(nn.Sequential(nn.ReLU(), nn.Flatten()), (("input", "<value>"),))
@@ -354,8 +408,9 @@ def trace_module(module: nn.Module, key: CallKey, path: str = "") -> Trace:
 
 
 def _trace_forward(module: nn.Module, key: CallKey) -> fx.Graph:
-    random_state = torch.get_rng_state()
-    attributes = set(vars(module))
+    random_states = torch.get_rng_state(), random.getstate()
+    attributes = _Attributes(module)
+    changed = None
     try:
         graph = _ShallowTracer(dict(key)).trace(module)
     except UntraceableError:
@@ -365,13 +420,57 @@ def _trace_forward(module: nn.Module, key: CallKey) -> fx.Graph:
             f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         ) from error
     finally:
-        for name in set(vars(module)) - attributes:
-            delattr(module, name)
-    if not torch.equal(random_state, torch.get_rng_state()):
-        torch.set_rng_state(random_state)
+        changed = attributes.restore()
+        drew = not torch.equal(random_states[0], torch.get_rng_state()) or random_states[1] != random.getstate()
+        torch.set_rng_state(random_states[0])
+        random.setstate(random_states[1])
+    if drew:
         raise UntraceableError("its forward draws random numbers that a graph would freeze")
+    if changed is not None:
+        raise UntraceableError(f"its forward changes its attribute `{changed}`, which a graph would leave out")
     _functionalize_(graph, module)
     return graph
+
+
+class _Attributes:
+    """The attributes of a module, to be put back after its forward ran on stand-ins for tensors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.values = dict(vars(module))
+        self.entries = {name: copy.copy(value) for name, value in self.values.items() if type(value) in (list, dict)}
+        self.buffers = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
+        self.versions = {name: module._buffers[name]._version for name in self.buffers}
+
+    def restore(self) -> str | None:
+        """Put everything back; return the name of an attribute that had changed, or None."""
+        own = vars(self.module)
+        changed = [name for name in own if name not in self.values or own[name] is not self.values[name]]
+        changed += [name for name in self.values if name not in own]
+        for name in changed:
+            own.pop(name, None)
+            if name in self.values:
+                own[name] = self.values[name]
+        for name, entries in self.entries.items():
+            if not _holds_the_same(own[name], entries):
+                changed.append(name)
+                own[name].clear()
+                own[name].extend(entries) if isinstance(entries, list) else own[name].update(entries)
+        for name, value in self.buffers.items():
+            buffer = self.module._buffers[name]
+            if buffer is not None and buffer._version != self.versions[name]:
+                changed.append(name)
+                with torch.no_grad():
+                    buffer.copy_(value)
+        return changed[0] if changed else None
+
+
+def _holds_the_same(container: Any, entries: Any) -> bool:
+    if len(container) != len(entries):
+        return False
+    if isinstance(entries, dict):
+        return all(name in container and container[name] is entry for name, entry in entries.items())
+    return all(one is other for one, other in zip(container, entries, strict=True))
 
 
 _IN_PLACE_OPERATORS = {
@@ -400,6 +499,50 @@ def is_in_place(node: fx.Node, module: nn.Module) -> bool:
         in_place_name = name.endswith("_") and not name.endswith("__")
         return node.target in _IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace")) or in_place_name
     return False
+
+
+def memory_of(node: fx.Node, module: nn.Module, stop: Collection[fx.Node] = ()) -> fx.Node:
+    """Return the operation, of a graph of ``module``, in whose memory the value of ``node`` may lie.
+
+    Args:
+        node: The operation whose value is looked at.
+        module: The module whose graph it belongs to.
+        stop: Operations to stop at, since their values are taken to lie in memory of their own.
+
+    Returns:
+        ``node`` itself, or the operation before all views and in-place operations that lead to it.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Flatten(), nn.ReLU(inplace=True))
+        >>> *_, relu, result = trace_module(net, (("input", "<value>"),)).evaluation.nodes
+        >>> memory_of(relu, net)
+        _0
+    """
+    while node not in stop and node.args and isinstance(node.args[0], fx.Node):
+        is_view = node.op != "call_module" and (getattr(node.target, "__name__", node.target) in _VIEWS)
+        if node.op == "call_module":
+            is_view = isinstance(module.get_submodule(str(node.target)), _VIEW_MODULES)
+        if not (is_view or is_in_place(node, module)):
+            break
+        node = node.args[0]
+    return node
+
+
+def overwritten_parameters(trace: Trace) -> set[str]:
+    """Return the names of the parameters of a forward whose values it overwrites.
+
+    Example:
+        >>> overwritten_parameters(trace_module(nn.Sequential(nn.ReLU(inplace=True)), (("input", "<value>"),)))
+        {'input'}
+    """
+    names = passed_parameters(trace.key)
+    found = set()
+    for graph in (trace.evaluation, trace.training):
+        parameters = dict(zip((node for node in graph.nodes if node.op == "placeholder"), names, strict=True))
+        for node in graph.nodes:
+            if is_in_place(node, trace.module):
+                found.add(parameters.get(memory_of(node, trace.module), ""))
+    return found - {""}
 
 
 def _functionalize_(graph: fx.Graph, module: nn.Module) -> None:
@@ -451,6 +594,18 @@ class _ShallowTracer(fx.Tracer):
 
     def _is_owned(self, tensor: Tensor) -> bool:
         return tensor in self.tensor_attrs or any(tensor is buffer for buffer in self.root.buffers())
+
+
+def _entry(container: Any, index: Any) -> Any:
+    return list(container.values())[index] if isinstance(container, _Record) else container[index]
+
+
+class _Record(dict[str, Any]):
+    """The fields of a dataclass or named tuple that a forward makes, by name."""
+
+
+def _is_record(target: Any) -> bool:
+    return isinstance(target, type) and (is_dataclass(target) or hasattr(target, "_fields"))
 
 
 def _constant_or_passed(value: Any) -> Any:

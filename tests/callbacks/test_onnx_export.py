@@ -17,6 +17,7 @@ from lightning_compress import MagnitudePruning, OnnxExport, QuantizationAwareTr
 from lightning_compress.callbacks import onnx_export
 from lightning_compress.callbacks.onnx_export import best_complete_checkpoint, check_writable
 from lightning_compress.errors import CompressionError, MissingExtraError, ParityError
+from lightning_compress.quantization.affine import integer_weight
 from lightning_compress.report import RunReport
 from tests.training import quiet_trainer
 from tests.user_modules import LayersOnSelf, NetWithKeywords, loader
@@ -117,15 +118,17 @@ def test_the_best_weights_are_those_of_a_compressed_checkpoint(tmp_path: Path) -
     trainer = quiet_trainer(tmp_path, callbacks, max_epochs=4, enable_checkpointing=True)
     trainer.fit(model, loader(), loader(16, seed=1))
     assert best_complete_checkpoint(trainer) == tmp_path / "kept" / "epoch=1.ckpt"
-    chosen = torch.load(tmp_path / "kept" / "epoch=1.ckpt", weights_only=True)["state_dict"]["fc.bias"]
-    (bias,) = (
-        onnx.numpy_helper.to_array(tensor)
+    chosen = LayersOnSelf()
+    chosen.load_state_dict(torch.load(tmp_path / "kept" / "epoch=1.ckpt", weights_only=True)["state_dict"])
+    integers, _ = integer_weight(chosen.fc.weight, bits=8)
+    last, _ = integer_weight(model.fc.weight, bits=8)
+    stored = [
+        onnx.numpy_helper.to_array(tensor).tolist()
         for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer
-        if tensor.data_type == onnx.TensorProto.INT32 and list(tensor.dims) == [4]
-    )
-    assert not torch.equal(chosen, model.fc.bias.detach())
-    assert bias.tolist() != [0] * 4
-    assert torch.equal(torch.from_numpy(bias).sign(), chosen.sign().to(torch.int32))
+        if list(tensor.dims) == [4, 8]
+    ]
+    assert stored == [integers.tolist()]
+    assert not torch.equal(integers, last)
 
 
 def test_without_a_compressed_checkpoint_the_last_weights_are_exported(tmp_path: Path) -> None:

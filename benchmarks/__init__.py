@@ -1,0 +1,1 @@
+"""Benchmarks: every figure of RESULTS.md has its script here."""

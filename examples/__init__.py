@@ -1,0 +1,1 @@
+"""Examples: two runs on real images, with the data and the networks they share."""
