@@ -343,9 +343,9 @@ class _Stitcher:
         return self._walk(child_trace, bound.arguments)
 
     def _overwrites_what_is_read_again(self, node: fx.Node, child: Trace, parent: Trace) -> bool:
-        """Tell whether ``node`` of ``parent``, a call of ``child``, changes a value that ``parent`` reads afterwards."""
+        """Tell whether ``node`` of ``parent``, a call of ``child``, changes a value that is read after it."""
         bound = forward_signature(child.module).bind(*node.args, **node.kwargs).arguments
-        overwritten = {bound.get(name) for name in overwritten_parameters(child)}
+        overwritten = [bound.get(name) for name in overwritten_parameters(child)]
         order = {reader: position for position, reader in enumerate(parent.evaluation.nodes)}
         return any(
             order[reader] > order[node]
@@ -439,8 +439,8 @@ class _Attributes:
         self.module = module
         self.values = dict(vars(module))
         self.entries = {name: copy.copy(value) for name, value in self.values.items() if type(value) in (list, dict)}
-        self.buffers = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
-        self.versions = {name: module._buffers[name]._version for name in self.buffers}
+        buffers = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+        self.buffers = [(name, buffer, buffer.clone(), buffer._version) for name, buffer in buffers.items()]
 
     def restore(self) -> str | None:
         """Put everything back; return the name of an attribute that had changed, or None."""
@@ -455,10 +455,12 @@ class _Attributes:
             if not _holds_the_same(own[name], entries):
                 changed.append(name)
                 own[name].clear()
-                own[name].extend(entries) if isinstance(entries, list) else own[name].update(entries)
-        for name, value in self.buffers.items():
-            buffer = self.module._buffers[name]
-            if buffer is not None and buffer._version != self.versions[name]:
+                if isinstance(entries, dict):
+                    own[name].update(entries)
+                else:
+                    own[name].extend(entries)
+        for name, buffer, value, version in self.buffers:
+            if buffer._version != version:
                 changed.append(name)
                 with torch.no_grad():
                     buffer.copy_(value)

@@ -47,7 +47,10 @@ def lower(model: nn.Module, names: list[str] | None = None) -> nn.Module:
         >>> torch.allclose(lower(net)(x), net.eval()(x), atol=1e-6)
         True
     """
-    lowered = copy.deepcopy(model).cpu().float().eval()
+    # Results that a forward left on the module are no part of it, and have no copy of their own.
+    left = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in left if not value.is_leaf}
+    lowered = copy.deepcopy(model, memo).cpu().float().eval()
     quantization = quantization_of(lowered)
     if quantization is None or not quantization.is_quantizing:
         return strip(lowered)
@@ -154,6 +157,7 @@ class _LoweredLayer:
         self.bias = bias.detach() if isinstance(bias, Tensor) else None
         if norm is not None:
             self.integers, self.scales, self.bias = fold_batchnorm(self.integers, self.scales, self.bias, norm)
+        self.suffixes: dict[AffineGrid | None, str] = {}
         for name in ("weight", "bias"):
             owner._parameters.pop(name, None)
         self.__signature__ = inspect.signature(type(owner).forward)
@@ -161,19 +165,19 @@ class _LoweredLayer:
     def __call__(self, input: Tensor) -> Tensor:
         x = input if self.before is None else quantized(input, self.before, self.ranges, self.names)
         grid = grid_of(x)
-        prefix = f"scale_{grid.scale:.9g}".replace(".", "_").replace("-", "m") if grid is not None else "float"
-        if f"{prefix}_weight" not in self.owner._buffers:
-            self._settle(prefix, grid)
-        buffers = self.owner._buffers
-        weight = _dequantized(buffers[f"{prefix}_weight"], buffers[f"{prefix}_weight_scale"])
-        bias = buffers[f"{prefix}_bias"]
+        if grid not in self.suffixes:
+            self._settle(grid)
+        suffix, buffers = self.suffixes[grid], self.owner._buffers
+        weight = _dequantized(buffers[f"weight{suffix}"], buffers[f"weight_scale{suffix}"])
+        bias = buffers[f"bias{suffix}"]
         if bias is not None and grid is not None:
-            bias = _dequantized(bias, buffers[f"{prefix}_bias_scale"])
+            bias = _dequantized(bias, buffers[f"bias_scale{suffix}"])
         result = layer_result(self.owner, x, weight, bias)
         return result if self.after is None else quantized(result, self.after, self.ranges, self.names)
 
-    def _settle(self, prefix: str, grid: AffineGrid | None) -> None:
+    def _settle(self, grid: AffineGrid | None) -> None:
         """Keep weight and bias as constants for inputs on ``grid``."""
+        suffix = self.suffixes[grid] = f"_{len(self.suffixes) + 1}" if self.suffixes else ""
         integers, scales, bias, bias_scales = self.integers, self.scales, self.bias, None
         if bias is not None and grid is not None:
             integers, scales = room_for_bias(integers, scales, bias, grid.scale)
@@ -181,7 +185,7 @@ class _LoweredLayer:
             bias = (bias.double() / bias_scales.double()).round().clamp(-INT32_LIMIT, INT32_LIMIT).to(torch.int32)
         constants = {"weight": integers, "weight_scale": scales, "bias": bias, "bias_scale": bias_scales}
         for name, constant in constants.items():
-            self.owner.register_buffer(f"{prefix}_{name}", constant)
+            self.owner.register_buffer(f"{name}{suffix}", constant)
 
 
 def room_for_bias(integers: Tensor, scales: Tensor, bias: Tensor, input_scale: float) -> tuple[Tensor, Tensor]:

@@ -176,13 +176,26 @@ def write_onnx(model: nn.Module, example_inputs: Inputs, path: str | os.PathLike
     args, kwargs = _at_least_two_samples(*as_arguments(example_inputs))
     with torch.no_grad():
         outputs = lowered(*args, **kwargs)
+    _check_outputs(outputs, type(model).__name__)
     steps = [grid.scale for grid in map(grid_of, pytree.tree_leaves(outputs)) if grid is not None]
     names.clear()
-    input_names, output_names = _input_names(lowered, args, kwargs), _output_names(outputs)
+    input_names = _input_names(lowered, args, kwargs)
+    output_names = [f"{name}_out" if name in input_names else name for name in _output_names(outputs)]
     proto, is_dynamic = _to_onnx(lowered, args, kwargs, input_names, output_names, names)
     _write(proto, Path(path))
     spec = pytree.tree_structure(outputs)
     return WrittenFile(Path(path), input_names, output_names, is_dynamic, min(steps) if steps else None, spec)
+
+
+def _check_outputs(outputs: Any, owner: str) -> None:
+    leaves = pytree.tree_leaves(outputs)
+    strange = [leaf for leaf in leaves if not isinstance(leaf, Tensor | int | float | str | None)]
+    if strange or not any(isinstance(leaf, Tensor) for leaf in leaves):
+        found = f"a `{type(strange[0]).__name__}`" if strange else "no tensor"
+        raise ExportError(
+            f"The forward of `{owner}` returns {found}, which an ONNX file cannot hold. "
+            "Return a tensor, or tuples, lists and dicts of tensors."
+        )
 
 
 def as_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -346,9 +359,19 @@ def _rename(proto: onnx.ModelProto, names: Sequence[str]) -> None:
         taken[label] += 1
         node.name = label if taken[label] == 1 else f"{label}_{taken[label]}"
         del node.metadata_props[:]
+    renamed = {tensor.name: tensor.name.removeprefix("model.") for tensor in proto.graph.initializer}
     quantizes = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
-    if len(quantizes) != len(names):
-        return
+    if len(quantizes) == len(names):
+        renamed |= _place_names(proto, quantizes, names)
+    for node in proto.graph.node:
+        for values in (node.input, node.output):
+            for position, name in enumerate(values):
+                values[position] = renamed.get(name, name)
+    for tensor in proto.graph.initializer:
+        tensor.name = renamed[tensor.name]
+
+
+def _place_names(proto: onnx.ModelProto, quantizes: Sequence[onnx.NodeProto], names: Sequence[str]) -> dict[str, str]:
     outputs = {value.name for value in proto.graph.output}
     renamed: dict[str, str] = {}
     used: Counter[str] = Counter()
@@ -360,10 +383,7 @@ def _rename(proto: onnx.ModelProto, names: Sequence[str]) -> None:
         reader = readers.get(node.output[0])
         if reader is not None and reader.output[0] not in outputs:
             renamed[reader.output[0]] = f"{unique}.dequantized"
-    for node in proto.graph.node:
-        for values in (node.input, node.output):
-            for position, name in enumerate(values):
-                values[position] = renamed.get(name, name)
+    return renamed
 
 
 def _write(proto: onnx.ModelProto, path: Path) -> None:
@@ -393,7 +413,6 @@ def _verify(
 ) -> ParityReport:
     path = written.path
     session = open_session(path)
-    positions = [written.input_names.index(description.name) for description in session.get_inputs()]
     quantization = quantization_of(model)
     is_integer = quantization is not None and quantization.is_quantizing
     expected, found = [], []
@@ -405,15 +424,13 @@ def _verify(
             expected.append(_run(model, args, kwargs))
             if quantization is not None:
                 quantization.recorded = None
-            tensors = tensors_of(args, kwargs)
-            found.append(run_session(session, [tensors[position] for position in positions]))
+            found.append(run_session(session, _tensors_for(session, model, args, kwargs)))
     report = compare_outputs(expected, found, written.output_step)
     least = MIN_SNR_DB_INTEGER if is_integer else MIN_SNR_DB_FLOAT
     if report.snr_db < least and is_integer:
         least = min(least, _own_snr_db(model, batches, expected))
     if report.snr_db < least:
-        tensors = tensors_of(*batches[0])
-        first = first_difference(path, [tensors[position] for position in positions], recorded, least)
+        first = first_difference(path, _tensors_for(session, model, *batches[0]), recorded, least)
         raise ParityError(
             f"`{path}` does not compute what the trained model computes: {report.to_text()}; at least {least:.0f} dB "
             f"were expected. "
@@ -421,6 +438,12 @@ def _verify(
             + "The file is kept for inspection."
         )
     return report
+
+
+def _tensors_for(session: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors of a call in the order of the file's inputs, in whatever order the call names them."""
+    named = dict(zip(_input_names(model, args, kwargs), tensors_of(args, kwargs), strict=True))
+    return [named[description.name] for description in session.get_inputs()]
 
 
 def _own_snr_db(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from lightning_compress.graph import Operation, Program
+from lightning_compress.graph import Operation, Program, is_operator
 from lightning_compress.quantization.affine import NO_CLAMP
 
 Role = Literal["source", "weighted", "norm", "clamp", "arithmetic", "concat", "transparent", "scalar", "float"]
@@ -83,6 +83,8 @@ _ARITHMETIC_METHODS = frozenset({"add", "add_", "mul", "mul_", "matmul", "bmm", 
 _TWO_OPERANDS = frozenset(
     {operator.add, operator.mul, torch.add, torch.mul, torch.multiply, "add", "add_", "mul", "mul_"}
 )
+_ADDS = frozenset({operator.add, torch.add, "add", "add_"})
+_SOFTMAX_FUNCTIONS = frozenset({F.softmax, torch.softmax, F.log_softmax, torch.log_softmax, "softmax", "log_softmax"})
 _TRANSPARENT_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
     {
         operator.getitem,
@@ -196,13 +198,20 @@ def _function_role(operation: Operation) -> Role:
         found = "transparent" if target in _TRANSPARENT_METHODS else found
     elif target in _CONCATS:
         return "concat"
-    elif target is operator.getitem and operation.inputs[0].kind == "input":
-        return "source"  # an entry of a container that came from outside: the first tensor of its own
+    elif target is operator.getitem and role(operation.inputs[0]) in ("source", "float"):
+        return "source"  # an entry of what may be a container (an LSTM's result): the first tensor of its own
     else:
         found = "arithmetic" if target in _ARITHMETIC_FUNCTIONS else "float"
         found = "transparent" if target in _TRANSPARENT_FUNCTIONS else found
+    if target in _ADDS and operation.users and all(_is_softmax(user) for user in operation.users):
+        return "float"  # scores with a mask of -inf, which no grid holds
     # An add or multiply by a plain number has no second operand to run on in integers.
     return "float" if target in _TWO_OPERANDS and len(operation.inputs) < 2 else found
+
+
+def _is_softmax(operation: Operation) -> bool:
+    is_module = isinstance(operation.target, nn.Softmax | nn.LogSoftmax)
+    return is_module or (operation.kind != "module" and operation.target in _SOFTMAX_FUNCTIONS)
 
 
 @dataclass(frozen=True)
@@ -212,10 +221,12 @@ class Place:
     Attributes:
         quantizer: Name of the quantizer that rounds it.
         clamp: Bounds of the activation that the rounding takes over.
+        escapes: Whether code without a graph gets the value: it may overwrite it.
     """
 
     quantizer: str
     clamp: tuple[float, float] = NO_CLAMP
+    escapes: bool = False
 
 
 @dataclass(frozen=True)
@@ -355,13 +366,14 @@ class _Placer:
     def _name(self) -> Placement:
         placement = Placement()
         names = self._shared_names()
+        escaping = {operation.node for operation in self.quantized.values() if self._escapes(operation)}
         for operation in self.quantized.values():
             name = names[_place_name(operation)]
             bits = 8 if self._is_edge(operation) else self.activation_bits
             placement.bits[name] = max(bits, placement.bits.get(name, 0))
             clamp = clamp_bounds(operation) or NO_CLAMP
             if operation.node is not None:
-                placement.nodes[operation.node] = Place(name, clamp)
+                placement.nodes[operation.node] = Place(name, clamp, operation.node in escaping)
             elif operation.kind == "input":
                 placement.layer_inputs[id(operation.users[0].target)] = Place(name)
             else:
@@ -401,15 +413,22 @@ class _Placer:
 
     def _is_edge(self, operation: Operation) -> bool:
         """Tell whether the value enters the model or is a result of it."""
-        if operation.kind == "input":
-            return True
+        return operation.kind == "input" or any(value.is_result for value in self._same_values(operation))
+
+    def _escapes(self, operation: Operation) -> bool:
+        """Tell whether code without a graph gets the value: the caller of the model, or a child that has none."""
+        return any(
+            value.is_result or any(user.kind == "module" and not is_operator(user.target) for user in value.users)
+            for value in self._same_values(operation)
+        )
+
+    def _same_values(self, operation: Operation) -> Iterator[Operation]:
+        """Yield ``operation`` and all that only moves its value."""
         pending = [operation]
         while pending:
             value = pending.pop()
-            if value.is_result:
-                return True
+            yield value
             pending += [user for user in value.users if self._role(user) == "transparent"]
-        return False
 
     def _folds(self, placement: Placement) -> dict[int, nn.Module]:
         """Find the batch norms that fold: always after one and the same layer, nothing rounded in between."""

@@ -88,14 +88,14 @@ class ActivationRanges:
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(least, distributed.ReduceOp.MIN)
             distributed.all_reduce(greatest, distributed.ReduceOp.MAX)
-        self.minimum = self._averaged(minimum, least)
-        self.maximum = self._averaged(maximum, greatest)
+        self.minimum = self._averaged(minimum, least, math.inf)
+        self.maximum = self._averaged(maximum, greatest, -math.inf)
         self._renew()
 
-    def _averaged(self, average: Tensor, newest: Tensor) -> Tensor:
-        # Infinity marks what was never seen: the first observation is taken as it is, a missing one changes nothing.
+    def _averaged(self, average: Tensor, newest: Tensor, missing: float) -> Tensor:
+        # The first observation is taken as it is, a missing one changes nothing; the other infinity is an overflow.
         moved = average + self.momentum * (newest - average)
-        return torch.where(newest.isinf(), average, torch.where(average.isinf(), newest, moved))
+        return torch.where(newest == missing, average, torch.where(average == missing, newest, moved))
 
     def grid(self, index: int) -> AffineGrid | None:
         """Return the grid of quantizer ``index``, or None if it has seen nothing yet."""

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_compress.graph import CallKey, Trace, call_key, forward_signature, is_in_place, passed_parameters
+from lightning_compress.graph import (
+    CallKey,
+    Trace,
+    call_key,
+    forward_signature,
+    is_in_place,
+    is_operator,
+    memory_of,
+    passed_parameters,
+)
 from lightning_compress.quantization.affine import (
     NO_CLAMP,
     fake_quantize,
@@ -43,13 +52,22 @@ class QuantizerSite:
         index: Index of the quantizer among the state's ranges.
         clamp: Bounds of the activation that the rounding takes over.
         in_place: Whether the value's own memory may be overwritten.
+        producer: The layer whose result the value is, if any: forward hooks on it may have kept it.
     """
 
-    def __init__(self, state: Quantization, index: int, clamp: tuple[float, float], in_place: bool) -> None:
+    def __init__(
+        self,
+        state: Quantization,
+        index: int,
+        clamp: tuple[float, float],
+        in_place: bool,
+        producer: nn.Module | None = None,
+    ) -> None:
         self.state = state
         self.index = index
         self.clamp = clamp
         self.in_place = in_place
+        self.producer = producer
 
     def __call__(self, x: Any) -> Any:
         """Round ``x``, or only watch it before quantization starts; what is no floating-point tensor passes through."""
@@ -81,9 +99,13 @@ class QuantizerSite:
             minimum, maximum = torch.aminmax(x.detach())
             grid = ranges.start_from(self.index, minimum.clamp(*self.clamp), maximum.clamp(*self.clamp))
         # Reading the gradient's mask off the result is only fair where few values lie on a bound: at 8 bits.
-        if self.in_place and grid.bits == 8 and x.dtype == torch.float32 and not (x.is_leaf and x.requires_grad):
+        if self._may_overwrite(x) and grid.bits == 8:
             return fake_quantize_(x, grid, self.clamp)
         return fake_quantize(x, grid, self.clamp)
+
+    def _may_overwrite(self, x: Tensor) -> bool:
+        is_kept = self.producer is not None and bool(self.producer._forward_hooks)
+        return self.in_place and not is_kept and x.dtype == torch.float32 and not (x.is_leaf and x.requires_grad)
 
     def _round_with_tensors(self, x: Tensor) -> Tensor:
         ranges = self.state.ranges
@@ -353,8 +375,8 @@ def rewrite(model: nn.Module, traces: list[Trace], placement: Placement, state: 
             state,
             norm,
             None if input_name is None else state.ranges.names.index(input_name),
-            _layer_site(placement.layer_inputs.get(id(module)), state, in_place=False),
-            _layer_site(placement.layer_outputs.get(id(module)), state, in_place=True),
+            _layer_site(placement.layer_inputs.get(id(module)), state),
+            _layer_site(placement.layer_outputs.get(id(module)), state),
         )
         _set_forward(module, layer_forward)
         if norm is not None:
@@ -365,10 +387,11 @@ def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     vars(module)["forward"] = forward
 
 
-def _layer_site(place: Place | None, state: Quantization, in_place: bool) -> QuantizerSite | None:
+def _layer_site(place: Place | None, state: Quantization) -> QuantizerSite | None:
     if place is None:
         return None
-    return QuantizerSite(state, state.ranges.names.index(place.quantizer), place.clamp, in_place)
+    # Out of place: untraced code may overwrite what it gets, and an in-place rounding needs its result for backward.
+    return QuantizerSite(state, state.ranges.names.index(place.quantizer), place.clamp, in_place=False)
 
 
 def _are_tensors(values: tuple[Any, ...]) -> bool:
@@ -406,10 +429,20 @@ def _with_sites(
     copies: dict[fx.Node, fx.Node] = {}
     result = copy.graph_copy(graph, copies)
     copy.output(result)
+    # What a later operation overwrites: an in-place rounding needs its result for backward, so it must not lie there.
+    overwritten: set[fx.Node] = set()
+    for node in graph.nodes:
+        if not _is_taken_over(node, sites) and is_in_place(node, module) and isinstance(node.args[0], fx.Node):
+            memory = memory_of(node.args[0], module, sites)
+            overwritten.add(memory)
+            if memory.op == "placeholder" or _is_composite(memory, module):
+                with copy.inserting_before(copies[node]):
+                    own = copy.call_method("clone", (copies[node.args[0]],))
+                copies[node].args = (own, *copies[node].args[1:])
     for node, (place, index) in sites.items():
-        takes_over = place.clamp != NO_CLAMP
+        takes_over = _is_taken_over(node, sites)
         value = node.all_input_nodes[0] if takes_over else node
-        in_place = _owns_memory(value, module) and not any(is_in_place(user, module) for user in node.users)
+        in_place = _owns_memory(value, module) and not place.escapes and node not in overwritten
         if takes_over:
             in_place = in_place and len(value.users) == 1 and value not in sites
         copied = copies[node]
@@ -419,8 +452,17 @@ def _with_sites(
         call.args = (places_argument, len(places), copied.all_input_nodes[0] if takes_over else copied)
         if takes_over:
             copy.erase_node(copied)
-        places.append(QuantizerSite(state, index, place.clamp, in_place))
+        producer = module.get_submodule(str(value.target)) if value.op == "call_module" else None
+        places.append(QuantizerSite(state, index, place.clamp, in_place, producer))
     return copy
+
+
+def _is_taken_over(node: fx.Node, sites: dict[fx.Node, tuple[Place, int]]) -> bool:
+    return node in sites and sites[node][0].clamp != NO_CLAMP
+
+
+def _is_composite(node: fx.Node, module: nn.Module) -> bool:
+    return node.op == "call_module" and not is_operator(module.get_submodule(str(node.target)))
 
 
 def _owns_memory(node: fx.Node, module: nn.Module) -> bool:

@@ -248,7 +248,7 @@ def calibrate(
     quantization = quantization_of(model)
     if quantization is None:
         raise CompressionError("Only a prepared model can be calibrated: call `prepare(model)` first.")
-    was_training, was_observing = model.training, quantization.is_observing
+    modes, was_observing = [(module, module.training) for module in model.modules()], quantization.is_observing
     model.eval()
     quantization.is_observing = True
     try:
@@ -260,7 +260,8 @@ def calibrate(
                     progress(f"calibration batch {count}")
     finally:
         quantization.is_observing = was_observing
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def check_finite_weights(model: nn.Module) -> None:
