@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import lightning as L
@@ -40,12 +41,12 @@ def main() -> None:
         key = {"images": images.name, "seed": seed}
         rows.append(records.get(partial(_dense, images, seed), job="float, 4 epochs", **key))
         rows.append(records.get(partial(_fine_tuned, images, seed, ()), job="float, one more epoch", **key))
-        for sparsity in options.sparsities:
-            pruning = MagnitudePruning(sparsity=sparsity, start=0.0, end=options.end)
-            job = f"{100 * sparsity:g} % zeros (pruning ends at {options.end:g} of the run)"
+        for sparsity, scope in product(options.sparsities, options.scopes):
+            pruning = MagnitudePruning(sparsity=sparsity, start=0.0, end=options.end, scope=scope)
+            job = f"{100 * sparsity:g} % zeros, scope {scope}, end {options.end:g}"
             rows.append(records.get(partial(_fine_tuned, images, seed, (pruning,)), job=job, **key))
             distillation = KnowledgeDistillation(_checkpoint(images, seed), temperature=4.0, weight=0.7)
-            pruning = MagnitudePruning(sparsity=sparsity, start=0.0, end=options.end)
+            pruning = MagnitudePruning(sparsity=sparsity, start=0.0, end=options.end, scope=scope)
             both = partial(_fine_tuned, images, seed, (distillation, pruning))
             rows.append(records.get(both, job=f"{job} + distillation from the float checkpoint", **key))
     columns = ("job", "seed", "accuracy", "sparsity", "seconds")
@@ -91,6 +92,7 @@ def _path(images: ImageSet, seed: int) -> Any:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.8, 0.9, 0.95])
+    parser.add_argument("--scopes", nargs="+", choices=("global", "layer", "lamp"), default=["global", "lamp"])
     parser.add_argument("--end", type=float, default=0.5, help="share of the epoch at which the sparsity is reached")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--data", help='folder with the files of Fashion-MNIST, or "digits" to try the script out')

@@ -263,7 +263,7 @@ class OnnxExport(pl.Callback):
             folder = self.path.parent
             self.report.write_json(folder / "report.json")
             self._plot(folder / "report.png")
-        rank_zero_info(self.report.to_text())
+        print(f"\n{self.report.to_text()}")
 
     def _measured(
         self, trainer: pl.Trainer, chosen: pl.LightningModule, network: nn.Module, progress: ProgressLine

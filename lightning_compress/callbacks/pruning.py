@@ -51,7 +51,9 @@ class MagnitudePruning(pl.Callback):
         sparsity: Fraction of the selected weights that end as zeros, in [0, 1). With ``pattern`` it may be left out.
         start: When the rise begins: a share of the run (float) or optimizer steps (int).
         end: When the full sparsity is reached: a share of the run (float) or optimizer steps (int).
-        scope: ``"global"`` prunes the smallest weights of all layers together, ``"layer"`` every layer alike.
+        scope: ``"global"`` prunes the smallest weights of all layers together, ``"layer"`` every layer alike,
+            ``"lamp"`` by magnitudes relative to their layer's (Lee et al. 2021, arXiv:2010.07611), which serves
+            high sparsities better and takes longer to compute.
         pattern: ``(n, m)`` to keep n of every m consecutive weights along the input dimension, such as ``(2, 4)``.
         exclude: Patterns of layer names to leave out; a pattern covers everything below the name it matches.
         update_every: Optimizer steps between two masks; None for at most 100 masks over the rise.
@@ -95,8 +97,10 @@ class MagnitudePruning(pl.Callback):
         check_moment("start", start)
         check_moment("end", end)
         check_order("start", start, "end", end)
-        if scope not in ("global", "layer"):
-            raise ValueError(f'`scope` must be "global" or "layer", got {scope!r}.')
+        if scope not in ("global", "layer", "lamp"):
+            raise ValueError(f'`scope` must be "global", "layer" or "lamp", got {scope!r}.')
+        if pattern is not None and scope == "lamp":
+            raise ValueError('`scope="lamp"` ranks weights that `pattern` has chosen already. Leave one of them out.')
         if update_every is not None and update_every < 1:
             raise ValueError(f"`update_every` must be at least 1 optimizer step, got {update_every}.")
         self.start = start

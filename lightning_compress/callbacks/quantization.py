@@ -52,6 +52,8 @@ class QuantizationAwareTraining(pl.Callback):
         activation_bits: Bits of activations, 2 to 8; inputs and results of the network keep 8.
         start: When rounding begins: a share of the run (float) or optimizer steps (int).
         freeze: When ranges and batch-norm statistics are frozen: a share of the run (float) or optimizer steps (int).
+            Best when the learning rate is already small: without statistics of its own batch a network takes large
+            steps badly.
         exclude: Patterns of layer names that stay in float; a pattern covers everything below the name it matches.
         module: Name of the submodule to quantize; by default all that the LightningModule's forward reaches.
         observe_every: Steps between two observations of the ranges, once they have settled.
@@ -81,7 +83,7 @@ class QuantizationAwareTraining(pl.Callback):
         weight_bits: int = 8,
         activation_bits: int = 8,
         start: float = 0.0,
-        freeze: float = 0.9,
+        freeze: float = 0.95,
         exclude: Sequence[str] = (),
         module: str | None = None,
         observe_every: int = 8,

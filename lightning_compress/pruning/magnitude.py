@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Scope = Literal["global", "layer"]
-"""Whether all layers share one magnitude threshold, or each layer is pruned to the same sparsity."""
+Scope = Literal["global", "layer", "lamp"]
+"""How layers compare: by one magnitude threshold for all, each layer to the same sparsity, or by LAMP scores."""
 
 
 def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
@@ -46,7 +46,8 @@ def magnitude_masks(weights: Mapping[str, Tensor], sparsity: float, scope: Scope
     Args:
         weights: Finite tensors of any shape by layer name.
         sparsity: Fraction of entries to drop, in [0, 1].
-        scope: ``"global"`` compares magnitudes across layers, ``"layer"`` only inside each.
+        scope: ``"global"`` compares magnitudes across layers, ``"layer"`` only inside each, ``"lamp"`` compares
+            `lamp_scores` across layers.
 
     Returns:
         Boolean tensors by layer name, shaped like the weights; ``True`` marks a kept entry.
@@ -61,7 +62,35 @@ def magnitude_masks(weights: Mapping[str, Tensor], sparsity: float, scope: Scope
         >>> magnitude_masks(weights, 0.5, scope="layer")
         {'a': tensor([False,  True]), 'b': tensor([False,  True])}
     """
-    return masks_from_scores(magnitudes(weights), sparsity, scope)
+    scores = magnitudes(weights)
+    if scope == "lamp":
+        scores = {name: lamp_scores(values) for name, values in scores.items()}
+    return masks_from_scores(scores, sparsity, scope)
+
+
+def lamp_scores(weight: Tensor) -> Tensor:
+    """Return the layer-adaptive magnitude scores of ``weight`` (Lee et al. 2021, eq. 4, arXiv:2010.07611).
+
+    The score of an entry is its square over the sum of the squares of all entries of the layer that are no smaller:
+    the share of what would be left of the layer that goes with it. The largest entry of a layer scores 1, so no layer
+    is emptied.
+
+    Args:
+        weight: Finite tensor of any shape; only magnitudes count.
+
+    Returns:
+        Scores in [0, 1] as float64, shaped like ``weight``; among equal entries a later one scores higher.
+
+    Example:
+        >>> lamp_scores(torch.tensor([1.0, -2.0, 2.0]))
+        tensor([0.1111, 0.5000, 1.0000], dtype=torch.float64)
+    """
+    squares, order = weight.detach().double().square().flatten().sort(stable=True)
+    no_smaller = squares.flip(0).cumsum(0).flip(0)
+    scores = torch.empty_like(squares)
+    # A layer of zeros has nothing to lose: its scores are zero, not NaN.
+    scores[order] = torch.where(no_smaller > 0.0, squares / no_smaller, 0.0)
+    return scores.view(weight.shape)
 
 
 def magnitudes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,7 +126,7 @@ def masks_from_scores(scores: Mapping[str, Tensor], sparsity: float, scope: Scop
     Args:
         scores: Non-negative tensors by layer name, without NaN; infinity marks entries that must stay.
         sparsity: Fraction of all entries to drop, in [0, 1].
-        scope: ``"global"`` compares scores across layers, ``"layer"`` only inside each.
+        scope: ``"layer"`` compares scores inside each layer, any other across layers.
 
     Returns:
         Boolean tensors by layer name, shaped like the scores; ``True`` marks a kept entry.
@@ -107,7 +136,7 @@ def masks_from_scores(scores: Mapping[str, Tensor], sparsity: float, scope: Scop
         {'a': tensor([ True, False,  True])}
     """
     sizes = [values.numel() for values in scores.values()]
-    if scope == "global":
+    if scope != "layer":
         masks = _keep_largest(list(scores.values()), round(sparsity * sum(sizes)))
         return dict(zip(scores, masks, strict=True))
     # Rounding the running total instead of each layer keeps the sum exact and each layer within one entry.

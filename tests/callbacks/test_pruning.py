@@ -492,7 +492,11 @@ def test_a_fit_that_ends_too_early_says_so(tmp_path: Path) -> None:
             {"sparsity": 0.8, "start": 1.5},
             "`start` as a float is a share of the run in [0, 1], got 1.5. For optimizer steps pass an int.",
         ),
-        ({"sparsity": 0.8, "scope": "local"}, '`scope` must be "global" or "layer", got \'local\'.'),
+        (
+            {"pattern": (2, 4), "scope": "lamp"},
+            '`scope="lamp"` ranks weights that `pattern` has chosen already. Leave one of them out.',
+        ),
+        ({"sparsity": 0.8, "scope": "local"}, '`scope` must be "global", "layer" or "lamp", got \'local\'.'),
         ({"sparsity": 0.8, "update_every": 0}, "`update_every` must be at least 1 optimizer step, got 0."),
         (
             {"sparsity": 0.8, "pattern": (2, 4)},

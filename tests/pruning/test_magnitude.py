@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.pruning import Scope, magnitude_mask, magnitude_masks
+from lightning_compress.pruning.magnitude import lamp_scores
 
 
 def dropped_one_by_one(weights: dict[str, Tensor], n_dropped: int) -> dict[str, list[float]]:
@@ -80,3 +81,24 @@ def test_a_weight_that_is_not_finite_is_named(value: float, scope: Scope) -> Non
         "The weight of layer `b` holds NaN or infinity, so its entries cannot be ranked. "
         "The training has diverged: lower the learning rate or clip the gradients."
     )
+
+
+def slow_lamp_scores(weight: torch.Tensor) -> torch.Tensor:
+    scores = torch.zeros_like(weight, dtype=torch.float64)
+    for index, value in enumerate(weight.tolist()):
+        scores[index] = value**2 / sum(other**2 for other in weight.tolist() if abs(other) >= abs(value))
+    return scores
+
+
+def test_lamp_scores_are_those_of_the_definition() -> None:
+    weight = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(lamp_scores(weight), slow_lamp_scores(weight))
+
+
+def test_lamp_prunes_exactly_and_empties_no_layer() -> None:
+    weights = {"small": 1e-3 * torch.randn(40), "large": torch.randn(8, 5), "dead": torch.zeros(4)}
+    masks = magnitude_masks(weights, 0.9, "lamp")
+    assert sum(int(mask.sum()) for mask in masks.values()) == 84 - round(0.9 * 84)
+    assert masks["small"].any()
+    assert masks["large"].any()
+    assert magnitude_masks(weights, 0.9, "global")["small"].any().item() is False
