@@ -53,6 +53,7 @@ class QuantizerSite:
         clamp: Bounds of the activation that the rounding takes over.
         in_place: Whether the value's own memory may be overwritten.
         producer: The layer whose result the value is, if any: forward hooks on it may have kept it.
+        activation: The module that the rounding takes over, if any: it is called where hooks wait for it.
     """
 
     def __init__(
@@ -62,18 +63,22 @@ class QuantizerSite:
         clamp: tuple[float, float],
         in_place: bool,
         producer: nn.Module | None = None,
+        activation: nn.Module | None = None,
     ) -> None:
         self.state = state
         self.index = index
         self.clamp = clamp
         self.in_place = in_place
         self.producer = producer
+        self.activation = activation
 
     def __call__(self, x: Any) -> Any:
         """Round ``x``, or only watch it before quantization starts; what is no floating-point tensor passes through."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
         state = self.state
+        if self.activation is not None and _has_hooks(self.activation):
+            x = self.activation(x)
         if state.is_observing:
             self._observe(x)
         if not state.is_quantizing:
@@ -104,7 +109,7 @@ class QuantizerSite:
         return fake_quantize(x, grid, self.clamp)
 
     def _may_overwrite(self, x: Tensor) -> bool:
-        is_kept = self.producer is not None and bool(self.producer._forward_hooks)
+        is_kept = any(module is not None and _has_hooks(module) for module in (self.producer, self.activation))
         return self.in_place and not is_kept and x.dtype == torch.float32 and not (x.is_leaf and x.requires_grad)
 
     def _round_with_tensors(self, x: Tensor) -> Tensor:
@@ -453,8 +458,14 @@ def _with_sites(
         if takes_over:
             copy.erase_node(copied)
         producer = module.get_submodule(str(value.target)) if value.op == "call_module" else None
-        places.append(QuantizerSite(state, index, place.clamp, in_place, producer))
+        takes_over_module = takes_over and node.op == "call_module"
+        activation = module.get_submodule(str(node.target)) if takes_over_module else None
+        places.append(QuantizerSite(state, index, place.clamp, in_place, producer, activation))
     return copy
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_taken_over(node: fx.Node, sites: dict[fx.Node, tuple[Place, int]]) -> bool:
