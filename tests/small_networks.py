@@ -25,7 +25,7 @@ class Residual(nn.Module):
         self.relu = nn.ReLU(inplace)
         self.fc = nn.Linear(8, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         first = self.relu(self.bn1(self.conv1(x)))
         second = self.bn2(self.conv2(first))
         second += first
@@ -45,7 +45,7 @@ class PreActivation(nn.Module):
         self.conv = nn.Conv2d(8, 8, 3, padding=1)
         self.fc = nn.Linear(8, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.stem(x)
         x = self.conv(self.relu(self.norm(x))) + x
         return self.fc(self.relu(x).mean((2, 3)))
@@ -60,7 +60,7 @@ class Concatenated(nn.Module):
         self.right = nn.Conv2d(3, 4, 1)
         self.after = nn.Conv2d(8, 5, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.after(torch.cat([F.relu(self.left(x)), self.right(x)], 1)).mean((2, 3))
 
 
@@ -74,7 +74,7 @@ class SqueezeExcite(nn.Module):
         self.excite = nn.Conv2d(4, 8, 1)
         self.fc = nn.Linear(8, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.silu(self.conv(x))
         gate = torch.sigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1)))))
         return self.fc((x * gate).mean((2, 3)))
@@ -89,7 +89,7 @@ class Shuffled(nn.Module):
         self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=4)
         self.fc = nn.Linear(8 * 64, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.conv(x)
         batch, channels, height, width = x.shape
         x = x.view(batch, 2, channels // 2, height, width).transpose(1, 2).contiguous()

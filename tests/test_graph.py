@@ -92,7 +92,7 @@ class Twig(nn.Module):
         super().__init__()
         self.layer = nn.Linear(2, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.layer(x).relu()
 
 
@@ -125,36 +125,36 @@ def draws_from_python(self: Parent, x: Tensor) -> Tensor:
     return self.layer(self.twig(x)) if random.random() < 2.0 else x
 
 
-def makes_a_tensor(self: Parent, x: Tensor) -> Tensor:
+def makes_a_tensor(self: Parent, x: Tensor) -> Any:
     return self.layer(self.twig(x)) + torch.ones(2)
 
 
-def sets_an_attribute(self: Parent, x: Tensor) -> Tensor:
+def sets_an_attribute(self: Parent, x: Tensor) -> Any:
     self.last = self.twig(x)
     return self.layer(self.last)
 
 
-def makes_an_attribute(self: Parent, x: Tensor) -> Tensor:
+def makes_an_attribute(self: Parent, x: Tensor) -> Any:
     self.made = self.twig(x)
     return self.layer(self.made)
 
 
-def keeps_in_a_list(self: Parent, x: Tensor) -> Tensor:
+def keeps_in_a_list(self: Parent, x: Tensor) -> Any:
     self.kept.append(x)
     return self.layer(self.twig(x))
 
 
-def keeps_in_a_dict(self: Parent, x: Tensor) -> Tensor:
+def keeps_in_a_dict(self: Parent, x: Tensor) -> Any:
     self.table["x"] = x
     return self.layer(self.twig(x))
 
 
-def counts_in_a_buffer(self: Parent, x: Tensor) -> Tensor:
+def counts_in_a_buffer(self: Any, x: Tensor) -> Any:
     self.calls += 1
     return self.layer(self.twig(x))
 
 
-UNTRACEABLE = {
+UNTRACEABLE: dict[Callable[[Any, Tensor], Any], str] = {
     looks_at_values: "TraceError: symbolically traced variables cannot be used as inputs to control flow",
     draws_from_torch: "its forward draws random numbers that a graph would freeze",
     draws_from_python: "its forward draws random numbers that a graph would freeze",
@@ -185,7 +185,7 @@ def test_tracing_leaves_nothing_behind(run: Callable[[Parent, Tensor], Any]) -> 
     with pytest.raises(UntraceableError):
         trace_module(model, ONE_VALUE)
     assert set(vars(model)) == attributes
-    assert (model.last, model.kept, model.table, model.calls.item()) == (None, [], {}, 0.0)
+    assert (model.last, model.kept, model.table, model.get_buffer("calls").item()) == (None, [], {}, 0.0)
     assert (model.training, model.twig.training, model.twig.layer.training) == (True, False, False)
     assert torch.equal(random_states[0], torch.get_rng_state())
     assert random_states[1] == random.getstate()
@@ -193,7 +193,7 @@ def test_tracing_leaves_nothing_behind(run: Callable[[Parent, Tensor], Any]) -> 
 
 def test_star_arguments_have_no_graph_but_children_do() -> None:
     class Star(Twig):
-        def forward(self, *values: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, *values: Tensor) -> Any:
             return self.layer(values[0])
 
     program = trace_program(Star())
@@ -206,7 +206,7 @@ def traced(run: Callable[[Parent, Tensor], Any]) -> Trace:
 
 
 def test_an_in_place_operator_makes_a_new_value() -> None:
-    def run(self: Parent, x: Tensor) -> Tensor:
+    def run(self: Parent, x: Tensor) -> Any:
         first = self.layer(x)
         first += x
         return first * x
@@ -256,7 +256,7 @@ def test_a_child_that_overwrites_what_its_parent_reads_again_keeps_its_own_forwa
             self.branch = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 2))
             self.again = again
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             x = self.stem(x)
             return self.branch(x) + x if self.again else self.branch(x)
 
@@ -309,7 +309,7 @@ class TakesTwo(nn.Module):
         self.head = nn.Linear(2, 2)
         self.entry = entry
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.head(self.entry(self.two(x)))
 
 
@@ -336,7 +336,7 @@ def test_a_module_that_is_called_twice_is_followed_twice() -> None:
             super().__init__()
             self.twig = Twig()
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return self.twig(self.twig(x))
 
     program = trace_program(Twice())
@@ -360,7 +360,7 @@ def test_a_loop_over_a_module_list_is_followed() -> None:
 
 
 def test_shapes_are_no_tensors_but_other_attributes_are() -> None:
-    def run(self: Parent, x: Tensor) -> Tensor:
+    def run(self: Parent, x: Tensor) -> Any:
         return self.layer(x.mT.reshape(x.shape[0] * x.size(1), 2))
 
     program = trace_program(Parent(run))
@@ -370,7 +370,7 @@ def test_shapes_are_no_tensors_but_other_attributes_are() -> None:
 
 def test_both_modes_are_traced() -> None:
     class Dropping(Twig):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             x = F.dropout(x, 0.5, self.training)
             return self.layer(x) if self.training else super().forward(x)
 

@@ -109,7 +109,11 @@ def test_what_was_trained_is_what_ships(fit: Fit) -> None:
     # The file follows the rounded network, from which the float one is further away.
     # Single values may lie a step apart, where a tie is rounded the other way; nothing more.
     assert (found - expected).abs().mean() < 0.05 * (rounded_off - expected).abs().mean()
-    assert bool((found.argmax(1) == expected.argmax(1)).all())
+    step = expected.unique().diff().min()
+    best, second = expected.topk(2, dim=1).values.unbind(1)
+    is_clear = best - second > 2.5 * step
+    assert is_clear.float().mean() > 0.5
+    assert torch.equal(found.argmax(1)[is_clear], expected.argmax(1)[is_clear])
 
 
 @pytest.mark.parametrize("fit", [LayersOnSelf], indirect=True)

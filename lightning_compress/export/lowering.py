@@ -236,10 +236,8 @@ def quantized(x: Any, place: Place, ranges: ActivationRanges, names: list[str] |
     grid = ranges.grid(ranges.names.index(place.quantizer))
     if grid is None:
         return x.clamp(*place.clamp) if place.clamp != NO_CLAMP else x
-    low, high = grid.bounds(place.clamp)
-    if (low, high) != grid.bounds():
-        x = x.clamp(low * grid.scale, high * grid.scale)
-    return _on_grid(x, grid, place.quantizer, names)
+    # The activation clips integers, not floats: so nothing stands between a layer and its quantizer.
+    return _on_grid(x, grid, place.quantizer, names, grid.bounds(place.clamp))
 
 
 def grid_of(value: Any) -> AffineGrid | None:
@@ -252,15 +250,18 @@ def grid_of(value: Any) -> AffineGrid | None:
     return getattr(value, _GRID, None)
 
 
-def _on_grid(x: Any, grid: AffineGrid | None, name: str, names: list[str] | None) -> Any:
-    """Return ``x``, or each tensor of a tuple ``x``, as a quantize/dequantize pair on ``grid``."""
+def _on_grid(
+    x: Any, grid: AffineGrid | None, name: str, names: list[str] | None, bounds: tuple[int, int] | None = None
+) -> Any:
+    """Return ``x``, or each tensor of a tuple ``x``, as a quantize/dequantize pair on ``grid`` within ``bounds``."""
     if grid is None:
         return x
     if isinstance(x, tuple | list):
-        return type(x)(_on_grid(item, grid, name, names) for item in x)
+        return type(x)(_on_grid(item, grid, name, names, bounds) for item in x)
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
-    settings = (grid.scale, grid.zero_point, 0, grid.largest, torch.uint8)
+    low, high = bounds or grid.bounds()
+    settings = (grid.scale, grid.zero_point, grid.zero_point + low, grid.zero_point + high, torch.uint8)
     result = _OPS.dequantize_per_tensor(_OPS.quantize_per_tensor(x, *settings), *settings)
     setattr(result, _GRID, grid)
     if names is not None:

@@ -216,7 +216,9 @@ def as_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     else:
         args = tuple(inputs)
     found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
-        Tensor, lambda tensor: _plain(tensor), (args, kwargs)
+        Tensor,
+        lambda tensor: _plain(tensor).clone(),  # the network may overwrite what it is given
+        (args, kwargs),
     )
     return found
 
@@ -284,6 +286,7 @@ def _to_onnx(
     assert exported is not None
     proto: onnx.ModelProto = exported.model_proto
     _rename(proto, names)
+    _keep_in_float_(proto.graph)
     return proto, is_dynamic
 
 
@@ -303,7 +306,7 @@ def _translations(program: torch.export.ExportedProgram) -> dict[Callable[..., A
 
 def _quantize_per_tensor(input: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int) -> Any:
     integers = op.QuantizeLinear(input, _float_constant(scale), _uint8_constant(zero_point))
-    if quant_max < 255:
+    if (quant_min, quant_max) != (0, 255):
         integers = op.Clip(integers, _uint8_constant(quant_min), _uint8_constant(quant_max))
     return integers
 
@@ -384,6 +387,26 @@ def _place_names(proto: onnx.ModelProto, quantizes: Sequence[onnx.NodeProto], na
         if reader is not None and reader.output[0] not in outputs:
             renamed[reader.output[0]] = f"{unique}.dequantized"
     return renamed
+
+
+def _keep_in_float_(graph: onnx.GraphProto) -> None:
+    """Part every float layer that reads a rounded value from the quantizer behind it, by an operation without effect.
+
+    Between the two, ONNX Runtime would round the layer's weights to integers of its own, a single scale for all of
+    them, which no training ever saw.
+    """
+    producers = {name: node for node in graph.node for name in node.output}
+    rounded = {name for name, node in producers.items() if node.op_type == "DequantizeLinear"}
+    for position, node in reversed(list(enumerate(graph.node))):
+        is_layer = node.op_type in ("Conv", "ConvTranspose", "Gemm")
+        if is_layer and node.input[0] in rounded and node.input[1] not in rounded:
+            result = node.output[0]
+            node.output[0] = f"{node.name}.result"
+            lowest = f"{result}.lowest"
+            value = torch.tensor(torch.finfo(torch.float32).min).numpy()
+            graph.initializer.append(onnx.numpy_helper.from_array(value, lowest))
+            kept = onnx.helper.make_node("Max", [node.output[0], lowest], [result], name=f"{node.name}/float")
+            graph.node.insert(position + 1, kept)
 
 
 def _write(proto: onnx.ModelProto, path: Path) -> None:

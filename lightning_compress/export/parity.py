@@ -75,7 +75,7 @@ def compare_outputs(
         for ours, theirs in zip(expected_batch, found_batch, strict=True):
             difference = (ours.double() - theirs.double()).abs()
             # NaN on either side must count as a difference, never as none; equal infinities are none.
-            difference = torch.nan_to_num(difference, nan=math.inf).masked_fill(ours == theirs, 0.0)
+            difference = torch.nan_to_num(difference, nan=math.inf, posinf=math.inf).masked_fill(ours == theirs, 0.0)
             largest = max(largest, float(difference.max())) if difference.numel() else largest
             signal += float(ours.double().masked_fill(~ours.isfinite(), 0.0).square().sum())
             noise += float(difference.square().sum())

@@ -149,8 +149,8 @@ def test_a_channel_whose_gamma_is_almost_zero_is_its_beta(gamma: float) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     warmed(model)
-    model[1].weight.data[2] = gamma
-    model[1].bias.data[2] = 0.75
+    model.get_parameter("1.weight").data[2] = gamma
+    model.get_parameter("1.bias").data[2] = 0.75
     quantized(model)
     with torch.no_grad():
         expected, found = model(images()), lower(model)(images())

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from torch import Tensor, nn
 
 from lightning_compress.errors import ParityError
-from lightning_compress.export import export_onnx, onnx as onnx_module
-from lightning_compress.export.onnx import WrittenFile, as_arguments, write_onnx
+from lightning_compress.export import export_onnx
+from lightning_compress.export import onnx as onnx_module
+from lightning_compress.export.onnx import WrittenFile, write_onnx
 from lightning_compress.export.parity import compare_outputs, first_difference
+from lightning_compress.quantization import quantization_of
 from tests.small_networks import Residual, images, quantized, warmed
 
 
@@ -86,16 +90,39 @@ def test_the_first_place_that_differs_is_found(place: str, tmp_path: Path) -> No
     assert found == place
 
 
-def quantized_recording(model: Residual) -> list[tuple[str, torch.Tensor]]:
-    from lightning_compress.quantization import quantization_of
-
+def quantized_recording(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     quantization = quantization_of(model)
     assert quantization is not None
-    quantization.recorded = recorded = []
+    recorded: list[tuple[str, torch.Tensor]] = []
+    quantization.recorded = recorded
     with torch.no_grad():
         model.eval()(images())
     quantization.recorded = None
     return recorded
+
+
+class Twice(nn.Module):
+    """Calls the same layers twice, so that one place is met at two times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())
+        self.last = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self.shared(self.shared(x)))
+
+
+def test_a_place_that_is_met_twice_is_compared_time_by_time(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Twice()
+    quantized(model)
+    written = write_onnx(model, images(), tmp_path / "model.onnx")
+    recorded = quantized_recording(model)
+    assert [name for name, _ in recorded].count("shared.1") == 2
+    assert first_difference(written.path, [images()], recorded, min_snr_db=20.0) is None
+    damage(written.path, "shared.1#2", 3.0)
+    assert first_difference(written.path, [images()], recorded, min_snr_db=20.0) == "shared.1"
 
 
 def test_no_place_differs_in_a_good_file(tmp_path: Path) -> None:
@@ -122,4 +149,3 @@ def test_a_damaged_file_is_an_error_that_names_the_place(tmp_path: Path, monkeyp
         " dB were expected. The first layer that differs is `relu_1`. The file is kept for inspection."
     )
     assert path.exists()
-    assert as_arguments(images())[0][0].shape == (8, 3, 8, 8)

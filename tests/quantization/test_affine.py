@@ -61,8 +61,8 @@ def test_the_rounded_values_are_those_of_torch(rounding: object, grid: AffineGri
 def test_the_gradient_is_that_of_torch(grid: AffineGrid) -> None:
     x, upstream = spread_values(), torch.randn(5000)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    fake_quantize(ours, grid).backward(upstream)
-    torch.fake_quantize_per_tensor_affine(theirs, grid.scale, grid.zero_point, 0, grid.largest).backward(upstream)
+    fake_quantize(ours, grid).backward(upstream)  # type: ignore[no-untyped-call]
+    torch.fake_quantize_per_tensor_affine(theirs, grid.scale, grid.zero_point, 0, grid.largest).backward(upstream)  # type: ignore[no-untyped-call]
     assert ours.grad is not None
     assert theirs.grad is not None
     assert torch.equal(ours.grad, theirs.grad)
@@ -74,7 +74,7 @@ def test_rounding_in_place_passes_the_gradient_strictly_inside_the_bounds(grid: 
     x, upstream = spread_values(), torch.randn(5000)
     leaf = x.clone().requires_grad_()
     rounded = in_place(leaf, grid)
-    rounded.backward(upstream)
+    rounded.backward(upstream)  # type: ignore[no-untyped-call]
     low, high = grid.bounds()
     integers = (x / grid.scale).round()
     assert leaf.grad is not None
@@ -104,8 +104,8 @@ def test_a_relu_that_the_rounding_takes_over_equals_a_relu_before_it(rounding: o
 def test_the_gradient_of_a_relu6_taken_over_is_that_of_relu6_then_rounding() -> None:
     x, grid = spread_values(), AffineGrid(0.1, 0, 8)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    fake_quantize(ours, grid, (0.0, 6.0)).sum().backward()
-    fake_quantize(torch.nn.functional.relu6(theirs), grid).sum().backward()
+    fake_quantize(ours, grid, (0.0, 6.0)).sum().backward()  # type: ignore[no-untyped-call]
+    fake_quantize(torch.nn.functional.relu6(theirs), grid).sum().backward()  # type: ignore[no-untyped-call]
     assert ours.grad is not None
     assert theirs.grad is not None
     assert torch.equal(ours.grad, theirs.grad)
@@ -150,6 +150,6 @@ def test_rounded_weights_are_integers_times_scales() -> None:
 
 def test_the_gradient_of_a_weight_passes_unchanged() -> None:
     weight, upstream = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
-    fake_quantize_weight(weight, 3).backward(upstream)
+    fake_quantize_weight(weight, 3).backward(upstream)  # type: ignore[no-untyped-call]
     assert weight.grad is not None
     assert torch.equal(weight.grad, upstream)

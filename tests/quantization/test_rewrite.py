@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightning_compress.quantization import prepare, quantization_of, strip
 from lightning_compress.quantization import rewrite as rewrite_module
-from lightning_compress.quantization.affine import fake_quantize, fake_quantize_weight
+from lightning_compress.quantization.affine import fake_quantize, fake_quantize_, fake_quantize_weight
 from lightning_compress.quantization.batchnorm import freeze_batchnorm_
 from tests.small_networks import NETWORKS, PreActivation, Residual, images, quantized, warmed
 
@@ -63,9 +63,9 @@ def test_gradients_reach_every_parameter(name: str) -> None:
 class ByHand(nn.Module):
     """What `Residual` is in quantization-aware training, written down."""
 
-    def __init__(self, model: Residual) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = copy.deepcopy(strip(copy.deepcopy(model)))
+        self.model = strip(copy.deepcopy(model))
         quantization = quantization_of(model)
         assert quantization is not None
         self.ranges = quantization.ranges
@@ -79,7 +79,7 @@ class ByHand(nn.Module):
         return F.conv2d(x, fake_quantize_weight(layer.weight, 8), layer.bias, padding=layer.padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        net = self.model
+        net: Any = self.model
         x = self.rounded(x, "x")
         first = self.rounded(F.relu(net.bn1(self.conv(net.conv1, x))), "relu")
         second = self.rounded(net.bn2(self.conv(net.conv2, first)), "bn2")
@@ -113,7 +113,7 @@ class Sequence(nn.Module):
         self.head = nn.Linear(8, 5)
         self.reads_twice = reads_twice
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         for step in self.steps:
             before, x = x, step(x)
         if self.reads_twice:
@@ -146,7 +146,7 @@ def test_rounding_in_place_changes_no_gradient(name: str, monkeypatch: pytest.Mo
     quantized(model)
     model.train()
     found = gradients(model, images())
-    in_place = rewrite_module.fake_quantize_
+    in_place = fake_quantize_
     monkeypatch.setattr(rewrite_module, "fake_quantize_", lambda x, grid, clamp: in_place(x * 1.0, grid, clamp))
     assert_equal(found, gradients(model, images()))
 
@@ -169,7 +169,7 @@ def test_untraced_code_may_overwrite_what_its_layers_return() -> None:
             self.conv = nn.Conv2d(3, 4, 1)
             self.relu = nn.ReLU(inplace=True)
 
-        def forward(self, *values: Tensor) -> Tensor:
+        def forward(self, *values: Tensor) -> Any:
             return self.relu(self.conv(values[0]))
 
     torch.manual_seed(0)
@@ -187,11 +187,11 @@ def test_a_forward_hook_keeps_what_the_layer_returned() -> None:
     quantized(model)
     model.train()
     kept: list[Tensor] = []
-    model.bn1.register_forward_hook(lambda module, args, output: kept.append(output.detach()))
+    model.get_submodule("bn1").register_forward_hook(lambda module, args, output: kept.append(output.detach()))
     model(images())
     # The ReLU after it, which the rounding takes over, must not reach into the kept value.
     assert kept[0].min().item() < -0.1
-    assert len(kept[0].unique()) > 1000
+    assert len(torch.unique(kept[0])) > 1000
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -202,12 +202,12 @@ def test_a_hook_on_an_activation_that_the_rounding_takes_over_fires(inplace: boo
     model.train()
     expected = model(images())
     kept: list[Tensor] = []
-    model.relu.register_forward_hook(lambda module, args, output: kept.append(output.detach()))
+    model.get_submodule("relu").register_forward_hook(lambda module, args, output: kept.append(output.detach()))
     found = model(images())
     found.sum().backward()
     assert torch.equal(found, expected)
     assert [value.min().item() for value in kept] == [0.0, 0.0, 0.0]
-    assert len(kept[0].unique()) > 1000
+    assert len(torch.unique(kept[0])) > 1000
 
 
 def test_hooks_on_children_and_on_the_model_fire() -> None:
@@ -319,7 +319,7 @@ def test_a_quantizer_that_saw_nothing_starts_from_the_first_batch() -> None:
     model = NETWORKS["plain"]()
     quantization = prepare(model)
     quantization.is_observing = quantization.is_quantizing = True
-    assert len(model(images())[:, 0].unique()) > 1
+    assert len(torch.unique(model(images())[:, 0])) > 1
     quantization.ranges.update()
     assert quantization.ranges.unseen() == []
 
@@ -331,7 +331,7 @@ def test_a_child_that_overwrites_its_input_does_so_for_other_readers_too() -> No
             self.stem = nn.Conv2d(3, 4, 1)
             self.branch = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             x = self.stem(x)
             return self.branch(x) + x
 

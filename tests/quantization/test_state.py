@@ -27,20 +27,20 @@ def test_weights_and_inner_activations_take_as_many_values_as_they_have_bits(bit
     quantization.recorded = []
     model(images(64))
     recorded = dict(quantization.recorded)
-    assert len(recorded["2"].unique()) <= 2**bits
-    assert len(recorded["2"].unique()) > 2 ** (bits - 1)
-    assert len(recorded["input_1"].unique()) > 100
+    assert len(torch.unique(recorded["2"])) <= 2**bits
+    assert len(torch.unique(recorded["2"])) > 2 ** (bits - 1)
+    assert len(torch.unique(recorded["input_1"])) > 100
 
 
 def test_calibration_leaves_modes_weights_and_phase() -> None:
     torch.manual_seed(0)
     model = warmed(plain())
-    model[1].eval()
+    model.get_submodule("1").eval()
     quantization = prepare(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     told: list[str] = []
     calibrate(model, [images(seed=1), images(seed=2)], progress=told.append)
-    assert [module.training for module in model] == [True, False, True, True, True, True]
+    assert [module.training for module in model.children()] == [True, False, True, True, True, True]
     assert (quantization.is_observing, quantization.is_quantizing) == (False, False)
     assert told == ["calibration batch 1", "calibration batch 2"]
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
@@ -154,7 +154,7 @@ def test_only_a_prepared_model_is_calibrated() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_not_finite_are_named(value: float) -> None:
     model = plain()
-    model[5].weight.data[0, 0] = value  # type: ignore[union-attr, index, operator]
+    model.get_parameter("5.weight").data[0, 0] = value
     with pytest.raises(CompressionError) as caught:
         prepare(model)
     assert str(caught.value) == (
