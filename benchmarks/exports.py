@@ -180,7 +180,7 @@ def _quantize(network: nn.Module, path: Path, pixels: int) -> None:
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
-        callbacks=[QuantizationAwareTraining(start=0.0), OnnxExport(path)],
+        callbacks=[QuantizationAwareTraining(start=0.0), OnnxExport(path, latency=False)],
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         logger=False,
