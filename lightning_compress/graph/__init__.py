@@ -1,0 +1,35 @@
+"""The dataflow of a model, traced module by module and stitched together."""
+
+from lightning_compress.graph.program import Operation, Program, trace_program
+from lightning_compress.graph.tracing import (
+    CallKey,
+    Trace,
+    UntraceableError,
+    call_key,
+    entry_key,
+    forward_signature,
+    is_in_place,
+    is_operator,
+    memory_of,
+    overwritten_parameters,
+    passed_parameters,
+    trace_module,
+)
+
+__all__ = [
+    "CallKey",
+    "Operation",
+    "Program",
+    "Trace",
+    "UntraceableError",
+    "call_key",
+    "entry_key",
+    "forward_signature",
+    "is_in_place",
+    "is_operator",
+    "memory_of",
+    "overwritten_parameters",
+    "passed_parameters",
+    "trace_module",
+    "trace_program",
+]
