@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from lightning_compress.callbacks.checkpoint import COMPRESSION_KEY
 from lightning_compress.callbacks.clock import completed_steps
+from lightning_compress.callbacks.complete_weights import (
+    best_complete_checkpoint,
+    forget_incomplete_checkpoints,
+    has_begun,
+    is_complete,
+    save_weights,
+)
+from lightning_compress.callbacks.file_metric import FileForward, quiet_lightning
 from lightning_compress.callbacks.forward_tap import ForwardTap
 from lightning_compress.callbacks.progress import ProgressLine
-from lightning_compress.callbacks.pruning import MagnitudePruning
-from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.errors import CompressionError, MissingExtraError
 from lightning_compress.export import ExportResult, export_onnx
-from lightning_compress.export.onnx import CallArguments, tensors_of, write_onnx
-from lightning_compress.export.session import import_onnxruntime, open_session, run_session
+from lightning_compress.export.arguments import CallArguments, plain_tensor, tensors_of
+from lightning_compress.export.onnx import write_onnx
+from lightning_compress.export.session import import_onnxruntime, open_session
 from lightning_compress.quantization import quantization_of, strip
 from lightning_compress.report import (
     History,
@@ -151,7 +153,7 @@ class OnnxExport(pl.Callback):
         if not self._was_complete and is_complete(trainer):
             self._was_complete = True
             if self.weights == "best":
-                _forget_incomplete_checkpoints(trainer)
+                forget_incomplete_checkpoints(trainer)
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -191,7 +193,7 @@ class OnnxExport(pl.Callback):
         value = _number(trainer.callback_metrics.get(self.metric)) if self.metric is not None else None
         if value is None or trainer.sanity_checking or self.metric is None:
             return
-        if not _has_begun(trainer):
+        if not has_begun(trainer):
             self._metric_before = value
         self.history.append(completed_steps(trainer), **{self.metric: value})
 
@@ -318,8 +320,8 @@ class OnnxExport(pl.Callback):
         assert self.result is not None
         assert self.metric is not None
         module = copy.deepcopy(chosen)
-        vars(module.get_submodule(self._called))["forward"] = _FileForward(self.path, self.result)
-        with _quiet_lightning():
+        vars(module.get_submodule(self._called))["forward"] = FileForward(self.path, self.result)
+        with quiet_lightning():
             validator = pl.Trainer(
                 accelerator="cpu",
                 devices=1,
@@ -380,93 +382,6 @@ def check_writable(path: Path) -> None:
         ) from error
 
 
-def is_complete(trainer: pl.Trainer) -> bool:
-    """Tell whether every pruning and quantization callback of ``trainer`` has reached its full compression."""
-    return all(callback.complete for callback in _compressors(trainer))
-
-
-def best_complete_checkpoint(trainer: pl.Trainer) -> Path | None:
-    """Return the best checkpoint of the Trainer's `ModelCheckpoint` whose weights had reached the full compression."""
-    for callback in trainer.checkpoint_callbacks:
-        if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
-            continue
-        ranked = sorted(callback.best_k_models.items(), key=lambda item: float(item[1]), reverse=callback.mode == "max")
-        for name, _ in ranked:
-            checkpoint = torch.load(name, map_location="cpu", weights_only=False)
-            states = checkpoint.get(COMPRESSION_KEY, {})
-            pruned = states.get("pruning", {}).get("complete", True)
-            quantized = states.get("quantization", {}).get("is_quantizing", True)
-            if pruned and quantized:
-                return Path(name)
-    return None
-
-
-def save_weights(pl_module: pl.LightningModule, trainer: pl.Trainer, path: Path) -> None:
-    """Write a checkpoint that `load_from_checkpoint` reads, on this rank alone."""
-    checkpoint: dict[str, Any] = {
-        "state_dict": pl_module.state_dict(),
-        "epoch": trainer.current_epoch,
-        "global_step": trainer.global_step,
-        "pytorch-lightning_version": version("lightning"),
-    }
-    if pl_module.hparams:
-        checkpoint[pl_module.CHECKPOINT_HYPER_PARAMS_KEY] = dict(pl_module.hparams)
-    pl_module.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, path)
-
-
-class _FileForward:
-    """Stands in for a network's forward: runs the exported file on the same tensors."""
-
-    def __init__(self, path: Path, result: ExportResult) -> None:
-        self.session = open_session(path)
-        self.result = result
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tensors = dict(zip(self.result.input_names, tensors_of(args, kwargs), strict=True))
-        wanted = [tensors[description.name] for description in self.session.get_inputs()]
-        outputs = run_session(self.session, [_plain(tensor) for tensor in wanted])
-        return pytree.tree_unflatten(outputs, self.result.output_spec)
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Keep the greeting and the advice of a second Trainer, which the user did not ask for, from the user."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _forget_incomplete_checkpoints(trainer: pl.Trainer) -> None:
-    """Let the ranking of checkpoints begin anew: what came before the full compression must not win."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.best_k_models:
-            rank_zero_info("The full compression is reached: checkpoints from before it no longer count as best.")
-            callback.best_k_models.clear()
-            callback.best_model_path = ""
-            callback.best_model_score = None
-            callback.kth_best_model_path = ""
-
-
-def _compressors(trainer: pl.Trainer) -> list[MagnitudePruning | QuantizationAwareTraining]:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [item for item in callbacks if isinstance(item, MagnitudePruning | QuantizationAwareTraining)]
-
-
-def _has_begun(trainer: pl.Trainer) -> bool:
-    """Tell whether pruning or quantization has changed a weight yet."""
-    return any(
-        callback.has_begun if isinstance(callback, MagnitudePruning) else callback.complete
-        for callback in _compressors(trainer)
-    )
-
-
 def _writes_nothing(trainer: pl.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
@@ -498,7 +413,7 @@ def _single_sample(path: Path, result: ExportResult, tensors: list[Tensor]) -> d
     names = {description.name for description in open_session(path).get_inputs()}
     return {
         name: (tensor[:1] if tensor.dim() and result.has_dynamic_batch else tensor).numpy()
-        for name, tensor in zip(result.input_names, map(_plain, tensors), strict=True)
+        for name, tensor in zip(result.input_names, map(plain_tensor, tensors), strict=True)
         if name in names
     }
 
@@ -518,10 +433,6 @@ def _batch_size(call: CallArguments) -> int:
 
 def _to_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone()
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _number(value: Any) -> float | None:

@@ -3,54 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import tempfile
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
-from onnxscript import opset20 as op
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import ExportError, ParityError
+from lightning_compress.export.arguments import (
+    Inputs,
+    as_arguments,
+    at_least_two_samples,
+    names_of_inputs,
+    names_of_outputs,
+    plain_tensor,
+    tensors_of,
+)
 from lightning_compress.export.audit import AuditReport, audit
 from lightning_compress.export.lowering import grid_of, lower
 from lightning_compress.export.parity import ParityReport, compare_outputs, first_difference
 from lightning_compress.export.session import import_onnxruntime, open_session, run_session
-from lightning_compress.graph import forward_signature
+from lightning_compress.export.translation import keep_in_float_, rename_, translations
 from lightning_compress.quantization import quantization_of
 
 OPSET = 20
+
 MIN_SNR_DB_INTEGER = 20.0
 """Under this signal-to-noise ratio an integer file does not compute the model: integer kernels round ties otherwise
 than float ones, which moves single values by a step, but stays far above it."""
+
 MIN_SNR_DB_FLOAT = 60.0
 """The same for a float file."""
-
-
-@dataclass(frozen=True)
-class CallArguments:
-    """Positional and keyword arguments of one forward.
-
-    Attributes:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-
-Inputs = Tensor | Sequence[Any] | Mapping[str, Any] | CallArguments
-"""Inputs of a forward: one tensor, positional arguments, keyword arguments, or both."""
 
 
 @dataclass(frozen=True)
@@ -173,14 +164,14 @@ def write_onnx(model: nn.Module, example_inputs: Inputs, path: str | os.PathLike
     """
     names: list[str] = []
     lowered = lower(model, names)
-    args, kwargs = _at_least_two_samples(*as_arguments(example_inputs))
+    args, kwargs = at_least_two_samples(*as_arguments(example_inputs))
     with torch.no_grad():
         outputs = lowered(*args, **kwargs)
     _check_outputs(outputs, type(model).__name__)
     steps = [grid.scale for grid in map(grid_of, pytree.tree_leaves(outputs)) if grid is not None]
     names.clear()
-    input_names = _input_names(lowered, args, kwargs)
-    output_names = [f"{name}_out" if name in input_names else name for name in _output_names(outputs)]
+    input_names = names_of_inputs(lowered, args, kwargs)
+    output_names = [f"{name}_out" if name in input_names else name for name in names_of_outputs(outputs)]
     proto, is_dynamic = _to_onnx(lowered, args, kwargs, input_names, output_names, names)
     _write(proto, Path(path))
     spec = pytree.tree_structure(outputs)
@@ -196,36 +187,6 @@ def _check_outputs(outputs: Any, owner: str) -> None:
             f"The forward of `{owner}` returns {found}, which an ONNX file cannot hold. "
             "Return a tensor, or tuples, lists and dicts of tensors."
         )
-
-
-def as_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return ``inputs`` as positional and keyword arguments on the CPU.
-
-    Example:
-        >>> as_arguments({"x": 1}), as_arguments((1, 2))
-        (((), {'x': 1}), ((1, 2), {}))
-    """
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(inputs, CallArguments):
-        args, kwargs = inputs.args, dict(inputs.kwargs)
-    elif isinstance(inputs, Mapping):
-        kwargs = dict(inputs)
-    elif isinstance(inputs, Tensor):
-        args = (inputs,)
-    else:
-        args = tuple(inputs)
-    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
-        Tensor,
-        lambda tensor: _plain(tensor).clone(),  # the network may overwrite what it is given
-        (args, kwargs),
-    )
-    return found
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu()
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 class _Entry(nn.Module):
@@ -279,134 +240,15 @@ def _to_onnx(
                 opset_version=OPSET,
                 input_names=input_names,
                 output_names=output_names,
-                custom_translation_table=_translations(program),
+                custom_translation_table=translations(program),
             )
         except Exception as error:  # the converter raises many kinds of errors
             raise ExportError(f"The ONNX converter failed: {_first_line(error)}") from error
     assert exported is not None
     proto: onnx.ModelProto = exported.model_proto
-    _rename(proto, names)
-    _keep_in_float_(proto.graph)
+    rename_(proto, names)
+    keep_in_float_(proto.graph)
     return proto, is_dynamic
-
-
-def _translations(program: torch.export.ExportedProgram) -> dict[Callable[..., Any], Callable[..., Any]]:
-    quantized = torch.ops.quantized_decomposed
-    table: dict[Callable[..., Any], Callable[..., Any]] = {
-        quantized.quantize_per_tensor.default: _quantize_per_tensor,
-        quantized.dequantize_per_tensor.default: _dequantize_per_tensor,
-        quantized.dequantize_per_channel.default: _dequantize_per_channel,
-    }
-    pools = [node for node in program.graph.nodes if node.target is torch.ops.aten.adaptive_avg_pool2d.default]
-    if pools and all(list(node.args[1]) == [1, 1] for node in pools):
-        # Decomposed it would be a ReduceMean, for which runtimes have no integer kernel.
-        table[torch.ops.aten.adaptive_avg_pool2d.default] = _global_average_pool
-    return table
-
-
-def _quantize_per_tensor(input: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int) -> Any:
-    integers = op.QuantizeLinear(input, _float_constant(scale), _uint8_constant(zero_point))
-    if (quant_min, quant_max) != (0, 255):
-        integers = op.Clip(integers, _uint8_constant(quant_min), _uint8_constant(quant_max))
-    return integers
-
-
-def _dequantize_per_tensor(
-    input: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int, out_dtype: int = -1
-) -> Any:
-    return op.DequantizeLinear(input, _float_constant(scale), _uint8_constant(zero_point))
-
-
-def _dequantize_per_channel(
-    input: Any,
-    scales: Any,
-    zero_points: Any,
-    axis: int,
-    quant_min: int,
-    quant_max: int,
-    dtype: int,
-    out_dtype: int = -1,
-) -> Any:
-    if quant_max > 127:
-        return op.DequantizeLinear(input, scales, axis=axis)
-    # The zero points are all zero and could be left out, but then ONNX Runtime finds no integer Gemm.
-    return op.DequantizeLinear(input, scales, op.Cast(zero_points, to=onnx.TensorProto.INT8), axis=axis)
-
-
-def _global_average_pool(self: Any, output_size: Sequence[int]) -> Any:
-    return op.GlobalAveragePool(self)
-
-
-def _float_constant(value: float) -> Any:
-    return op.Constant(value=onnx.helper.make_tensor("scale", onnx.TensorProto.FLOAT, [], [value]))
-
-
-def _uint8_constant(value: int) -> Any:
-    return op.Constant(value=onnx.helper.make_tensor("integer", onnx.TensorProto.UINT8, [], [value]))
-
-
-def _rename(proto: onnx.ModelProto, names: Sequence[str]) -> None:
-    """Name operations after the modules they come from, and rounded values after their places.
-
-    What the exporter notes about its own work is left out: in a small file it is a tenth of the bytes.
-    """
-    del proto.graph.value_info[:]
-    del proto.graph.metadata_props[:]
-    del proto.metadata_props[:]
-    taken: Counter[str] = Counter()
-    for node in proto.graph.node:
-        scopes = [item.value for item in node.metadata_props if item.key == "pkg.torch.onnx.name_scopes"]
-        path = json.loads(scopes[0].replace("'", '"'))[-2] if scopes and scopes[0].count("'") > 2 else ""
-        path = path.removeprefix("model").removeprefix(".")
-        label = f"{path}/{node.op_type}" if path else node.op_type
-        taken[label] += 1
-        node.name = label if taken[label] == 1 else f"{label}_{taken[label]}"
-        del node.metadata_props[:]
-    renamed = {tensor.name: tensor.name.removeprefix("model.") for tensor in proto.graph.initializer}
-    quantizes = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
-    if len(quantizes) == len(names):
-        renamed |= _place_names(proto, quantizes, names)
-    for node in proto.graph.node:
-        for values in (node.input, node.output):
-            for position, name in enumerate(values):
-                values[position] = renamed.get(name, name)
-    for tensor in proto.graph.initializer:
-        tensor.name = renamed[tensor.name]
-
-
-def _place_names(proto: onnx.ModelProto, quantizes: Sequence[onnx.NodeProto], names: Sequence[str]) -> dict[str, str]:
-    outputs = {value.name for value in proto.graph.output}
-    renamed: dict[str, str] = {}
-    used: Counter[str] = Counter()
-    readers = {name: node for node in proto.graph.node for name in node.input if node.op_type == "DequantizeLinear"}
-    for node, name in zip(quantizes, names, strict=True):
-        used[name] += 1
-        unique = name if used[name] == 1 else f"{name}#{used[name]}"
-        renamed[node.output[0]] = f"{unique}.quantized"
-        reader = readers.get(node.output[0])
-        if reader is not None and reader.output[0] not in outputs:
-            renamed[reader.output[0]] = f"{unique}.dequantized"
-    return renamed
-
-
-def _keep_in_float_(graph: onnx.GraphProto) -> None:
-    """Part every float layer that reads a rounded value from the quantizer behind it, by an operation without effect.
-
-    Between the two, ONNX Runtime would round the layer's weights to integers of its own, a single scale for all of
-    them, which no training ever saw.
-    """
-    producers = {name: node for node in graph.node for name in node.output}
-    rounded = {name for name, node in producers.items() if node.op_type == "DequantizeLinear"}
-    for position, node in reversed(list(enumerate(graph.node))):
-        is_layer = node.op_type in ("Conv", "ConvTranspose", "Gemm")
-        if is_layer and node.input[0] in rounded and node.input[1] not in rounded:
-            result = node.output[0]
-            node.output[0] = f"{node.name}.result"
-            lowest = f"{result}.lowest"
-            value = torch.tensor(torch.finfo(torch.float32).min).numpy()
-            graph.initializer.append(onnx.numpy_helper.from_array(value, lowest))
-            kept = onnx.helper.make_node("Max", [node.output[0], lowest], [result], name=f"{node.name}/float")
-            graph.node.insert(position + 1, kept)
 
 
 def _write(proto: onnx.ModelProto, path: Path) -> None:
@@ -465,7 +307,7 @@ def _verify(
 
 def _tensors_for(session: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Return the tensors of a call in the order of the file's inputs, in whatever order the call names them."""
-    named = dict(zip(_input_names(model, args, kwargs), tensors_of(args, kwargs), strict=True))
+    named = dict(zip(names_of_inputs(model, args, kwargs), tensors_of(args, kwargs), strict=True))
     return [named[description.name] for description in session.get_inputs()]
 
 
@@ -501,7 +343,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     # Copies: the network may overwrite what it is given.
     args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: placed(tensor).clone(), (args, kwargs))
     outputs = model(*args, **kwargs)
-    return [_plain(leaf) for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [plain_tensor(leaf) for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 @contextlib.contextmanager
@@ -514,48 +356,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def tensors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Return the tensors of a call in the order of the file's inputs.
-
-    Example:
-        >>> [tensor.item() for tensor in tensors_of((torch.tensor(1), None), {"x": [torch.tensor(2)]})]
-        [1, 2]
-    """
-    return [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
-
-
-def _at_least_two_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    # A batch of one would be taken for a constant of the model.
-    if any(tensor.dim() and tensor.shape[0] != 1 for tensor in tensors_of(args, kwargs)):
-        return args, kwargs
-    doubled: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
-        Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor, (args, kwargs)
-    )
-    return doubled
-
-
-def _input_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
-    parameters = list(forward_signature(model).parameters)
-    positional = [*parameters[: len(args)], *[f"input_{index}" for index in range(len(parameters), len(args))]]
-    names: list[str] = []
-    for name, value in [*zip(positional, args, strict=False), *kwargs.items()]:
-        names += _leaf_names(name, value)
-    return names
-
-
-def _output_names(outputs: Any) -> list[str]:
-    if isinstance(outputs, Mapping):
-        return [name for key, value in outputs.items() for name in _leaf_names(str(key), value)]
-    return _leaf_names("output", outputs)
-
-
-def _leaf_names(name: str, value: Any) -> list[str]:
-    if isinstance(value, Mapping):
-        return [leaf for key, item in value.items() for leaf in _leaf_names(f"{name}.{key}", item)]
-    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-    return [name] if len(leaves) == 1 else [f"{name}_{index}" for index in range(len(leaves))]
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lightning_compress import MagnitudePruning, OnnxExport, QuantizationAwareTraining
 from lightning_compress.callbacks import onnx_export
-from lightning_compress.callbacks.onnx_export import best_complete_checkpoint, check_writable
+from lightning_compress.callbacks.complete_weights import best_complete_checkpoint
+from lightning_compress.callbacks.onnx_export import check_writable
 from lightning_compress.errors import CompressionError, MissingExtraError, ParityError
 from lightning_compress.quantization.affine import integer_weight
 from lightning_compress.report import RunReport

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import ExportError
 from lightning_compress.export import export_onnx
-from lightning_compress.export.onnx import CallArguments
+from lightning_compress.export.arguments import CallArguments
 from lightning_compress.quantization import calibrate, prepare
 from tests.small_networks import NETWORKS, Residual, images, plain, quantized, warmed
 

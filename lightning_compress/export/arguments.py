@@ -1,0 +1,121 @@
+"""The arguments of a forward as an ONNX file sees them: flat tensors with names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_compress.graph import forward_signature
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """Positional and keyword arguments of one forward.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any] | CallArguments
+"""Inputs of a forward: one tensor, positional arguments, keyword arguments, or both."""
+
+
+def as_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return ``inputs`` as positional and keyword arguments on the CPU.
+
+    Example:
+        >>> as_arguments({"x": 1}), as_arguments((1, 2))
+        (((), {'x': 1}), ((1, 2), {}))
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(inputs, CallArguments):
+        args, kwargs = inputs.args, dict(inputs.kwargs)
+    elif isinstance(inputs, Mapping):
+        kwargs = dict(inputs)
+    elif isinstance(inputs, Tensor):
+        args = (inputs,)
+    else:
+        args = tuple(inputs)
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+        Tensor,
+        lambda tensor: plain_tensor(tensor).clone(),  # the network may overwrite what it is given
+        (args, kwargs),
+    )
+    return found
+
+
+def plain_tensor(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` without gradient, on the CPU, in float32 where it is floating-point."""
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def tensors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors of a call in the order of the file's inputs.
+
+    Example:
+        >>> [tensor.item() for tensor in tensors_of((torch.tensor(1), None), {"x": [torch.tensor(2)]})]
+        [1, 2]
+    """
+    return [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+
+
+def at_least_two_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a call with a batch of one doubled: the exporter would take a one for a constant of the model.
+
+    Example:
+        >>> args, _ = at_least_two_samples((torch.zeros(1, 3),), {})
+        >>> args[0].shape
+        torch.Size([2, 3])
+    """
+    if any(tensor.dim() and tensor.shape[0] != 1 for tensor in tensors_of(args, kwargs)):
+        return args, kwargs
+    doubled: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+        Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor, (args, kwargs)
+    )
+    return doubled
+
+
+def names_of_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+    """Return a name for each tensor of a call, after the parameters of the model's forward.
+
+    Example:
+        >>> names_of_inputs(nn.Linear(2, 2), (torch.zeros(1, 2),), {})
+        ['input']
+    """
+    parameters = list(forward_signature(model).parameters)
+    positional = [*parameters[: len(args)], *[f"input_{index}" for index in range(len(parameters), len(args))]]
+    names: list[str] = []
+    for name, value in [*zip(positional, args, strict=False), *kwargs.items()]:
+        names += _leaf_names(name, value)
+    return names
+
+
+def names_of_outputs(outputs: Any) -> list[str]:
+    """Return a name for each tensor that a forward returned, after the keys of its dict where it is one.
+
+    Example:
+        >>> names_of_outputs({"logits": torch.zeros(1)}), names_of_outputs((torch.zeros(1), torch.zeros(1)))
+        (['logits'], ['output_0', 'output_1'])
+    """
+    if isinstance(outputs, Mapping):
+        return [name for key, value in outputs.items() for name in _leaf_names(str(key), value)]
+    return _leaf_names("output", outputs)
+
+
+def _leaf_names(name: str, value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [leaf for key, item in value.items() for leaf in _leaf_names(f"{name}.{key}", item)]
+    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [name] if len(leaves) == 1 else [f"{name}_{index}" for index in range(len(leaves))]
