@@ -43,8 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         compression.insert(0, MagnitudePruning(sparsity=options.sparsity, end=0.4))
     small = fine_tune("int8", data, options.weights, epochs=options.epochs, seed=options.seed, callbacks=compression)
 
-    assert export.report is not None, "the fit has ended"
-    print(f"\n{export.report.to_text()}\n")
     print(f"Float: {percent_equal(predict(plain, data.test_dataloader()), labels)} % of the test photos.")
     print(f"Compressed, in torch: {percent_equal(predict(small, data.test_dataloader()), labels)} %.")
     in_runtime = percent_equal(predict_onnx(path, data.test_dataloader()), labels)

@@ -93,7 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     assert export.report is not None, "the fit has ended"
     report = dataclasses.replace(export.report, metrics=(*export.report.metrics, accuracy))
     report.write_json(options.out / "report.json")
-    print(f"\n{report.to_text()}")
 
     teacher_accuracy = percent_equal(predict(big, data.test_dataloader()), labels)
     print(f"\nAccuracy on the {len(labels):,} test images of {images.name}:")
