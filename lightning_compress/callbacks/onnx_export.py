@@ -44,6 +44,9 @@ from lightning_compress.report import (
     plot_run,
 )
 
+READ_EVERY = 50
+"""Steps between two readings of logged values: reading one waits for the device."""
+
 VERIFY_SAMPLES = 256
 """Validation samples that the file is compared on, at most."""
 
@@ -108,6 +111,7 @@ class OnnxExport(pl.Callback):
         self._metric_before: float | None = None
         self._was_complete = False
         self._last_step = -1
+        self._unread: list[tuple[int, dict[str, Any]]] = []
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -143,13 +147,15 @@ class OnnxExport(pl.Callback):
         self._last_step = step
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         metrics = trainer.callback_metrics
-        self.history.append(
-            step,
-            train_loss=_number(loss),
-            distillation_loss=_number(metrics.get("compress/distillation_loss")),
-            sparsity=_number(metrics.get("compress/sparsity")),
-            phase=_number(metrics.get("compress/quantization_phase")),
-        )
+        values = {
+            "train_loss": loss,
+            "distillation_loss": metrics.get("compress/distillation_loss"),
+            "sparsity": metrics.get("compress/sparsity"),
+            "phase": metrics.get("compress/quantization_phase"),
+        }
+        self._unread.append((step, values))
+        if len(self._unread) >= READ_EVERY:
+            self._read()
         if not self._was_complete and is_complete(trainer):
             self._was_complete = True
             if self.weights == "best":
@@ -199,6 +205,7 @@ class OnnxExport(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._read()
         self._remove_tap()
 
     @override
@@ -222,12 +229,18 @@ class OnnxExport(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        self._read()
         return {"history": self.history.state_dict(), "metric_before": self._metric_before}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history.load_state_dict(state_dict["history"])
         self._metric_before = state_dict["metric_before"]
+
+    def _read(self) -> None:
+        for step, values in self._unread:
+            self.history.append(step, **{name: _number(value) for name, value in values.items()})
+        self._unread = []
 
     def _wants_more(self) -> bool:
         if not self._are_calls_validated:
