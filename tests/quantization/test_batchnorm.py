@@ -79,7 +79,7 @@ def test_norms_converted_to_synchronized_ones_fold_like_before() -> None:
     model = warmed(Residual())
     quantization = quantized(model)
     expected = model(images())
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     quantization.refresh()
     assert isinstance(converted.get_submodule("bn1"), nn.SyncBatchNorm)
     assert torch.equal(converted(images()), expected)
