@@ -29,7 +29,7 @@ def test_a_plain_model_is_told_what_would_become_of_it_and_left_alone() -> None:
 
 def test_a_calibrated_model_shows_the_step_of_every_grid() -> None:
     model = nn.Sequential(nn.Linear(1, 1, bias=False))
-    model[0].weight.data.fill_(1.0)
+    nn.init.ones_(model.get_submodule("0").weight)  # type: ignore[arg-type]
     quantized(model, [torch.tensor([[-1.0], [1.55]])])
     (row,) = placement_report(model)
     assert row.grid is not None
