@@ -116,7 +116,7 @@ class _Rewriter:
 
     def run(self, traces: Sequence[Trace]) -> None:
         for name, bits in self.placement.bits.items():
-            self.state.ranges.add(name, bits)
+            self.state.ranges.add(name, bits, self.state.scheme.method(bits))
         layers = [module for module in self.model.modules() if id(module) in self.placement.weights]
         for layer in layers:
             self._add_weight(id(layer), isinstance(layer, TRANSPOSED_LAYERS))
@@ -168,7 +168,8 @@ class _Rewriter:
 
     def _add_weight(self, key: WeightKey, is_transposed: bool) -> None:
         place = self.placement.weights[key]
-        self.state.weights.setdefault(place.name, WeightQuantizer(place.bits, 1 if is_transposed else 0))
+        method = self.state.scheme.method(place.bits)
+        self.state.weights.setdefault(place.name, WeightQuantizer(place.bits, 1 if is_transposed else 0, method))
 
     def _weight(self, key: WeightKey) -> RoundedWeight:
         place = self.placement.weights[key]
