@@ -207,7 +207,8 @@ class QuantizationAwareTraining(pl.Callback):
         if quantization.is_quantizing and not quantization.is_learning and step < self._freeze_step:
             quantization.learn()
         if step >= self._freeze_step:
-            quantization.stop_learning()
+            if quantization.is_learning:
+                quantization.stop_learning()
             self._frozen_norms += freeze_batchnorm_(quantization.model)
 
     @override
@@ -234,6 +235,7 @@ class QuantizationAwareTraining(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         quantization = self.quantization
         quantization.is_observing = False
+        quantization.stop_learning()
         self._thaw()
         if not quantization.is_quantizing:
             rank_zero_warn(

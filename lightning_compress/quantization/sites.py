@@ -109,7 +109,6 @@ class QuantizerSite:
         )
         return rounded.to(x.dtype)
 
-
     def _round_with_step(self, x: Tensor) -> Tensor:
         grid = self.state.ranges.learned[self.index]
         # A ReLU is the lower end of a grid that begins at zero; other bounds clip before.
