@@ -2,8 +2,8 @@
 
 The budget that other quantization libraries are measured with, batch for batch: a float checkpoint of 4 epochs (batch
 125, all 60,000 images, mirrored and shifted by up to 2 pixels, SGD with Nesterov momentum, one cycle up to 0.2, weight
-decay 5e-4), then, for each row, one epoch (one cycle up to 0.02, weight decay 1e-4) from that checkpoint. The weights of
-the last step are scored on all 10,000 test images, in torch and in the exported file in ONNX Runtime. First
+decay 5e-4), then, for each row, one epoch (one cycle up to 0.02, weight decay 1e-4) from that checkpoint. The weights
+of the last step are scored on all 10,000 test images, in torch and in the exported file in ONNX Runtime. First
 convolution, classifier and the model's input keep 8 bits.
 
 Run it in pieces with ``--depths``, ``--jobs`` and ``--seeds``: what is in ``benchmarks/out`` is not measured again.

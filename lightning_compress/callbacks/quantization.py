@@ -162,6 +162,7 @@ class QuantizationAwareTraining(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._prepare(pl_module)
+        self.quantization.refresh()  # the strategy may have converted batch norms since
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -276,7 +277,7 @@ class QuantizationAwareTraining(pl.Callback):
         return step >= self._warm_up_step and (step - self._warm_up_step) % WARM_UP_INTERVAL == 0
 
     def _share_left(self, step: int) -> float:
-        """Return the share of the time from start to freeze that is left, the factor of the step sizes' learning rate."""
+        """Return the share of the steps from start to freeze that is left: the step sizes' learning rate follows it."""
         return (self._freeze_step - step) / max(1, self._freeze_step - self._start_step)
 
     def _phase(self, step: int) -> int:

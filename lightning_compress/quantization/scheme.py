@@ -9,7 +9,6 @@ from typing import Any
 from lightning_compress.quantization.estimators import RANGE_METHODS, RangeMethod
 from lightning_compress.selection import match_names
 
-
 MIN_MAX_BITS = 7
 """Bits from which on the extremes of the values are as good a range as a learned one, by measurement."""
 
