@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-LEARNING_RATE = 0.01
+LEARNING_RATE = 0.003
 """Largest relative change of a step size in one update, about."""
 
 BETAS = (0.9, 0.999)

@@ -49,7 +49,7 @@ def test_a_reduced_range_takes_one_bit_of_eight(bits: int, used: int) -> None:
 def test_weights_of_a_reduced_range_stay_within_63() -> None:
     net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
     quantization = prepare(net, reduce_range=True)
-    integers, _ = quantization.weights["0"].integers(net[0].weight)
+    integers, _ = quantization.weights["0"].integers(net.get_parameter("0.weight"))
     assert integers.abs().max() == 63
 
 

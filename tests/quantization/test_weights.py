@@ -49,13 +49,15 @@ def test_the_integers_that_ship_are_those_of_the_training(method: RangeMethod, b
 
 
 def test_a_learned_step_takes_the_place_of_the_method() -> None:
-    quantizer = WeightQuantizer(3, method="learned", step=torch.tensor([0.5], requires_grad=True))
+    step = torch.tensor([0.5], requires_grad=True)
+    quantizer = WeightQuantizer(3, method="learned", step=step)
     weight = torch.tensor([[9.0, 0.8, -0.2, 0.0]], requires_grad=True)
     rounded = quantizer.rounded(weight)
     assert rounded.tolist() == [[1.5, 1.0, -0.0, 0.0]]
-    rounded.sum().backward()
+    torch.autograd.backward(rounded.sum())
+    assert weight.grad is not None
     assert weight.grad.tolist() == [[0.0, 1.0, 1.0, 1.0]]
-    assert quantizer.step.grad is not None
+    assert step.grad is not None
     integers, scales = quantizer.integers(weight)
     assert (integers.tolist(), scales.tolist(), scales.requires_grad) == ([[3, 2, 0, 0]], [0.5], False)
 
