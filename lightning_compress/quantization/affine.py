@@ -56,13 +56,17 @@ class AffineGrid:
         return low, high
 
 
-def affine_parameters(minimum: Tensor, maximum: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+def affine_parameters(
+    minimum: Tensor, maximum: Tensor, largest: Tensor, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return scales and zero points of the affine grids that cover ``[minimum, maximum]`` and zero exactly.
 
     Args:
         minimum: Least values, shape (n,).
         maximum: Greatest values, shape (n,).
         largest: The largest integer of each grid, ``2**bits - 1``, shape (n,).
+        symmetric: Whether the zero point is to be ``2**(bits - 1)``, so that the grid covers ``-L .. L``, where L is
+            the greater of the two absolute values.
 
     Returns:
         Scales and zero points as float32, shape (n,). A range without extent gets scale 1.
@@ -73,9 +77,10 @@ def affine_parameters(minimum: Tensor, maximum: Tensor, largest: Tensor) -> tupl
         (3.0, 85.0)
     """
     minimum, maximum = minimum.float().clamp(max=0.0), maximum.float().clamp(min=0.0)
-    scale = (maximum - minimum) / largest
+    middle = (largest + 1) / 2
+    scale = torch.maximum(-minimum, maximum) / (middle - 1) if symmetric else (maximum - minimum) / largest
     scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
-    zero_point = (-minimum / scale).round_().clamp_(min=0.0).minimum(largest)
+    zero_point = middle if symmetric else (-minimum / scale).round_().clamp_(min=0.0).minimum(largest)
     return scale, zero_point
 
 
