@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from lightning_compress.export.arguments import (
 from lightning_compress.export.audit import AuditReport, audit
 from lightning_compress.export.lowering import grid_of, lower
 from lightning_compress.export.model_file import write_model
+from lightning_compress.export.packing import pack_weights_, storage_note
 from lightning_compress.export.parity import ParityReport, compare_outputs, first_difference
 from lightning_compress.export.parts import UnexportableError, exportable_part, obstacle
 from lightning_compress.export.program import output_names, to_onnx
@@ -53,6 +54,7 @@ class ExportResult:
         parity: How near it is to the model in PyTorch.
         audit: What ONNX Runtime runs in integers.
         output_spec: How the forward nests its outputs, as a spec of torch's pytree.
+        packed: How many weights are stored with how many bits, for those with fewer than 8.
     """
 
     path: Path
@@ -62,10 +64,13 @@ class ExportResult:
     parity: ParityReport
     audit: AuditReport
     output_spec: Any
+    packed: Mapping[int, int] = field(default_factory=dict)
 
     def to_text(self) -> str:
         """Return the result as a few lines."""
-        return f"{self.path}\nparity on {self.parity.to_text()}\n{self.audit.to_text()}"
+        note = storage_note(self.packed)
+        lines = [str(self.path), f"parity on {self.parity.to_text()}", self.audit.to_text(), *([note] if note else [])]
+        return "\n".join(lines)
 
 
 def export_onnx(
@@ -122,6 +127,7 @@ def export_onnx(
         report,
         audit(written.path, _feeds(model, *batches[0])),
         written.output_spec,
+        written.packed,
     )
 
 
@@ -136,6 +142,7 @@ class WrittenFile:
         has_dynamic_batch: Whether its first dimension takes any size.
         output_step: Distance of two neighbouring values of the outputs' grid, or None where they lie on none.
         output_spec: How the forward nests its outputs, as a spec of torch's pytree.
+        packed: How many weights are stored with how many bits, for those with fewer than 8.
     """
 
     path: Path
@@ -144,6 +151,7 @@ class WrittenFile:
     has_dynamic_batch: bool
     output_step: float | None
     output_spec: Any
+    packed: Mapping[int, int]
 
 
 def write_onnx(model: nn.Module, example_inputs: Inputs, path: str | os.PathLike[str]) -> WrittenFile:
@@ -174,6 +182,7 @@ def write_onnx(model: nn.Module, example_inputs: Inputs, path: str | os.PathLike
         raise UnexportableError(type(model).__name__, obstacle(lowered, error), _first_line(error), part) from error
     rename_(proto, names)
     keep_in_float_(proto.graph)
+    packed = pack_weights_(proto)
     write_model(proto, Path(path))
     return WrittenFile(
         Path(path),
@@ -182,6 +191,7 @@ def write_onnx(model: nn.Module, example_inputs: Inputs, path: str | os.PathLike
         is_dynamic,
         min(steps) if steps else None,
         pytree.tree_structure(outputs),
+        packed,
     )
 
 
@@ -294,4 +304,5 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
+    # What torch says in brackets about its symbols is the same expression again.
+    return (lines[0] if lines else type(error).__name__).partition(" (unhinted")[0].rstrip(".") + "."
