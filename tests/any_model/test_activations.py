@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +16,50 @@ from tests.any_model.journey import Example, check
 
 IMAGE = random_values(3, 8, 8)
 
+Activation = Callable[[Tensor], Tensor]
+
 
 class Activated(nn.Module):
-    """An activation behind a batch norm, and another behind a residual sum."""
+    """Each activation behind a batch norm, and again behind a residual sum."""
 
-    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, activations: Sequence[Activation]) -> None:
         super().__init__()
-        self.conv1, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.conv2, self.conv3 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
-        self.activation = activation
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.convs = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in activations])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8) for _ in activations])
+        self.modules_among_them = nn.ModuleList([item for item in activations if isinstance(item, nn.Module)])
+        self.activations = list(activations)
+        self.last = nn.Conv2d(8, 4, 1)
 
     def forward(self, x: Tensor) -> Any:
-        x = self.activation(self.norm(self.conv1(x)))
-        return self.conv3(self.activation(self.conv2(x) + x))
+        x = self.stem(x)
+        for conv, norm, activation in zip(self.convs, self.norms, self.activations, strict=True):
+            x = activation(activation(norm(conv(x))) + x)
+        return self.last(x)
 
 
-ACTIVATIONS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
-    "relu": nn.ReLU,
-    "relu6": lambda: nn.ReLU6(inplace=True),
-    "prelu": nn.PReLU,
-    "prelu per channel": lambda: nn.PReLU(8),
-    "leaky relu": lambda: nn.LeakyReLU(0.1, inplace=True),
-    "hardswish": nn.Hardswish,
-    "hardsigmoid": nn.Hardsigmoid,
-    "silu": lambda: nn.SiLU(inplace=True),
-    "gelu": nn.GELU,
-    "gelu with tanh": lambda: nn.GELU("tanh"),
-    "elu": nn.ELU,
-    "mish": nn.Mish,
-    "softplus": nn.Softplus,
-    "tanh": lambda: torch.tanh,
-    "clamp": lambda: lambda x: x.clamp(0.0, 4.0),
-    "hard clamp": lambda: lambda x: torch.clamp(x, min=-1.0, max=1.0),
-    "swish by hand": lambda: lambda x: x * torch.sigmoid(x),
-    "hard swish by hand": lambda: lambda x: x * F.relu6(x + 3.0) / 6.0,
-    "squared relu": lambda: lambda x: F.relu(x) ** 2,
+ACTIVATIONS: dict[str, Callable[[], list[Activation]]] = {
+    "that clip": lambda: [nn.ReLU(), nn.ReLU6(inplace=True), nn.Hardtanh(), F.relu],
+    "that clip, by methods": lambda: [lambda x: x.clamp(0.0, 4.0), lambda x: torch.clamp(x, min=-1.0), Tensor.relu],
+    "with a slope": lambda: [nn.LeakyReLU(0.1, inplace=True), nn.PReLU(), nn.PReLU(8), nn.ELU()],
+    "of mobile networks": lambda: [nn.Hardswish(), nn.Hardsigmoid(), nn.SiLU(inplace=True), F.hardswish],
+    "that are smooth": lambda: [nn.GELU(), nn.GELU("tanh"), nn.Mish(), nn.Softplus(), torch.tanh],
+    "by hand": lambda: [
+        lambda x: x * torch.sigmoid(x),
+        lambda x: x * F.relu6(x + 3.0) / 6.0,
+        lambda x: F.relu(x) ** 2,
+        lambda x: torch.where(x > 0, x, 0.1 * x),
+    ],
 }
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_layers_around_an_activation_run_in_integers(name: str, tmp_path: Path) -> None:
-    example = Example(lambda: Activated(ACTIVATIONS[name]()), IMAGE, {"conv": (3, 3)}, {"add": (1, 1)})
+def test_layers_around_activations_run_in_integers(name: str, tmp_path: Path) -> None:
+    activations = ACTIVATIONS[name]
+    n_convolutions = 2 + len(activations())
+    example = Example(
+        lambda: Activated(activations()), IMAGE, {"conv": (n_convolutions, n_convolutions)}, {"add": len(activations())}
+    )
     check(example, tmp_path)
 
 
@@ -107,16 +110,14 @@ class GatedLinearUnit(nn.Module):
 
 
 GATES = {
-    "squeeze and excite": Example(
-        lambda: SqueezeExcite(nn.Sigmoid()), IMAGE, {"conv": (4, 4)}, {"mul": (1, 1), "pool": (1, 1)}
-    ),
+    "squeeze and excite": Example(lambda: SqueezeExcite(nn.Sigmoid()), IMAGE, {"conv": (4, 4)}, {"mul": 1}),
     "squeeze and excite by a hard sigmoid": Example(
-        lambda: SqueezeExcite(nn.Hardsigmoid()), IMAGE, {"conv": (4, 4)}, {"pool": (1, 1)}
+        lambda: SqueezeExcite(nn.Hardsigmoid()), IMAGE, {"conv": (4, 4)}, {"mul": 1}
     ),
     "squeeze and excite by linear layers": Example(
-        LinearSqueezeExcite, IMAGE, {"conv": (2, 2), "gemm": (2, 2)}, {"mul": (1, 1), "pool": (1, 1)}
+        LinearSqueezeExcite, IMAGE, {"conv": (2, 2), "gemm": (2, 2)}, {"mul": 1, "pool": 1}
     ),
-    "gated linear units": Example(GatedLinearUnit, random_values(6), {"gemm": (5, 5)}),
+    "gated linear units": Example(GatedLinearUnit, random_values(6), {"gemm": (5, 5)}, {"mul": 1, "add": 1}),
 }
 
 

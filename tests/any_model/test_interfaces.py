@@ -70,6 +70,11 @@ class Returns(nn.Module):
         return self.container(self.first(x), F.relu(self.second(x)))
 
 
+def nested(first: Tensor, second: Tensor) -> dict[str, Any]:
+    """Return a dict of a tensor, a named tuple and a tuple with nothing in it."""
+    return {"logits": first, "pair": Pair(second, second + 1.0), "rest": (None, [first.sigmoid()])}
+
+
 class ManyInputs(nn.Module):
     """An image, a table and categories, some of them by keyword only, one optional."""
 
@@ -91,10 +96,6 @@ def many_inputs(n_samples: int, seed: int) -> CallArguments:
     """Return an image, a table, a category and a number."""
     image, table = random_values(3, 8, 8)(n_samples, seed), random_values(4)(n_samples, seed)
     return CallArguments((image, table), {"category": random_integers(5)(n_samples, seed), "scale": 2.0})
-
-
-class OptionalTable(ManyInputs):
-    """Called without what is optional."""
 
 
 def without_table(n_samples: int, seed: int) -> dict[str, Any]:
@@ -193,11 +194,8 @@ def byte_images(n_samples: int, seed: int) -> Tensor:
 VALUES = random_values(6)
 TWO = {"gemm": (2, 2)}
 EXAMPLES = {
-    "tuple": Example(lambda: Returns(lambda *values: values), VALUES, TWO),
-    "dict": Example(lambda: Returns(lambda first, second: {"logits": first, "aux": [second]}), VALUES, TWO),
-    "named tuple": Example(lambda: Returns(Pair), VALUES, TWO),
+    "nested containers": Example(lambda: Returns(nested), VALUES, TWO),
     "dataclass": Example(Detector, random_values(3, 8, 8), {"conv": (4, 4)}),
-    "many inputs": Example(ManyInputs, many_inputs, {"conv": (1, 1), "gemm": (2, 2)}),
     "an optional input left out": Example(ManyInputs, without_table, {"conv": (1, 1), "gemm": (1, 1)}),
     "nested inputs": Example(Nested, lambda n, seed: ({"views": [VALUES(n, seed), VALUES(n, seed + 50)]},), TWO),
     "any arguments": Example(AnyArguments, many_inputs, {"conv": (1, 1), "gemm": (2, 2)}),

@@ -124,26 +124,33 @@ class Shifted(nn.Module):
 
 TWO = {"conv": (2, 2)}
 EXAMPLES = {
-    "max pool with ceil mode": Example(lambda: between(nn.MaxPool2d(2, ceil_mode=True)), IMAGE, TWO),
-    "average pool with ceil mode": Example(lambda: between(nn.AvgPool2d(2, ceil_mode=True)), IMAGE, TWO),
-    "average pool without its padding": Example(
-        lambda: between(nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)), IMAGE, TWO
+    "pools": Example(
+        lambda: between(
+            nn.MaxPool2d(2, ceil_mode=True),
+            nn.AvgPool2d(3, 1, padding=1, count_include_pad=False),
+            nn.AdaptiveAvgPool2d(3),
+            nn.AdaptiveMaxPool2d(1),
+        ),
+        IMAGE,
+        TWO,
     ),
-    "adaptive pools": Example(lambda: between(nn.AdaptiveAvgPool2d(3), nn.AdaptiveMaxPool2d(1)), IMAGE, TWO),
-    "spatial pyramid": Example(PyramidPooling, IMAGE, TWO, {"concat": (1, 1)}),
+    "average pool with ceil mode": Example(
+        lambda: between(nn.AvgPool2d(2, ceil_mode=True), nn.AvgPool2d(3, 2, padding=1, ceil_mode=True)), IMAGE, TWO
+    ),
+    "spatial pyramid": Example(PyramidPooling, IMAGE, TWO, {"concat": 1}),
     "unpooling": Example(SegNet, IMAGE, {"conv": (3, 3)}),
-    "pixel shuffle": Example(lambda: between(nn.PixelShuffle(2), channels=2), IMAGE, TWO),
-    "pixel unshuffle": Example(lambda: between(nn.PixelUnshuffle(3), channels=72), IMAGE, TWO),
+    "pixel shuffle and unshuffle": Example(
+        lambda: between(nn.PixelUnshuffle(3), nn.ChannelShuffle(2), nn.PixelShuffle(6), channels=2), IMAGE, TWO
+    ),
     "upsampling": Example(lambda: between(nn.Upsample(scale_factor=2, mode="bilinear")), IMAGE, TWO),
-    "nearest interpolation": Example(lambda: Interpolated("nearest"), IMAGE, {"conv": (3, 3)}, {"add": (1, 1)}),
-    "bilinear interpolation": Example(lambda: Interpolated("bilinear"), IMAGE, {"conv": (3, 3)}, {"add": (1, 1)}),
+    "nearest interpolation": Example(lambda: Interpolated("nearest"), IMAGE, {"conv": (3, 3)}, {"add": 1}),
+    "bilinear interpolation": Example(lambda: Interpolated("bilinear"), IMAGE, {"conv": (3, 3)}, {"add": 1}),
     "paddings": Example(
         lambda: between(nn.ReflectionPad2d(1), nn.ReplicationPad2d(1), nn.ConstantPad2d(1, 0.5)), IMAGE, TWO
     ),
-    "channel shuffle": Example(ChannelShuffle, IMAGE, {"conv": (4, 4)}, {"concat": (1, 1)}),
-    "channel shuffle module": Example(lambda: between(nn.ChannelShuffle(2)), IMAGE, TWO),
-    "split and concatenate": Example(SplitAndConcat, IMAGE, {"conv": (4, 4)}, {"concat": (1, 1)}),
-    "slices": Example(Focus, IMAGE, TWO, {"concat": (1, 1)}),
+    "channel shuffle": Example(ChannelShuffle, IMAGE, {"conv": (4, 4)}, {"concat": 1}),
+    "split and concatenate": Example(SplitAndConcat, IMAGE, {"conv": (4, 4)}, {"concat": 1}),
+    "slices": Example(Focus, IMAGE, TWO, {"concat": 1}),
     "rolled and stacked": Example(Shifted, random_values(5, 6), {"matmul": (2, 2)}),
 }
 

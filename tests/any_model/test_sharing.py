@@ -90,16 +90,34 @@ class Symmetric(nn.Module):
         return weight.triu() + weight.triu(1).transpose(-1, -2)
 
 
-def between(layer: nn.Module) -> nn.Module:
-    """Return ``layer``, which keeps six channels, between two convolutions."""
-    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), layer, nn.ReLU(), nn.Conv2d(6, 4, 1))
+def between(*layers: nn.Module) -> nn.Module:
+    """Return ``layers``, which keep six channels, each behind a ReLU, between two convolutions."""
+    return nn.Sequential(nn.Conv2d(3, 6, 3), *[nn.Sequential(nn.ReLU(), layer) for layer in layers], nn.Conv2d(6, 4, 1))
 
 
-def weight_norm_by_hooks() -> nn.Module:
-    """The older `weight_norm`, which recomputes the weight in a forward hook."""
+def by_hooks() -> nn.Module:
+    """The older functions, which compute the weight anew in a hook before each forward."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return between(torch.nn.utils.weight_norm(nn.Conv2d(6, 6, 3, padding=1)))
+        return between(
+            torch.nn.utils.weight_norm(nn.Conv2d(6, 6, 3, padding=1)), torch.nn.utils.spectral_norm(nn.Conv2d(6, 6, 1))
+        )
+
+
+def parametrized() -> nn.Module:
+    """torch's parametrizations, and one of the user's own."""
+    symmetric = nn.Linear(4, 4)
+    parametrize.register_parametrization(symmetric, "weight", Symmetric())
+    return nn.Sequential(
+        between(
+            parametrizations.weight_norm(nn.Conv2d(6, 6, 3, padding=1)),
+            parametrizations.spectral_norm(nn.Conv2d(6, 6, 3, padding=1)),
+        ),
+        nn.Flatten(2),
+        parametrizations.orthogonal(nn.Linear(36, 4)),
+        nn.ReLU(),
+        symmetric,
+    )
 
 
 def pair(n_samples: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -107,35 +125,14 @@ def pair(n_samples: int, seed: int) -> tuple[Tensor, Tensor]:
     return random_values(6)(n_samples, seed), random_values(6)(n_samples, seed + 50)
 
 
-THREE = {"conv": (3, 3)}
 EXAMPLES = {
     "tied decoder": Example(TiedDecoder, random_integers(12, 5), {"matmul": (2, 2)}),
     "tied autoencoder": Example(TiedAutoencoder, random_values(8), {"gemm": (2, 2)}),
     "called twice": Example(CalledTwice, IMAGE, {"conv": (5, 5)}),
     "siamese": Example(Siamese, pair, {"gemm": (4, 4)}),
     "two names": Example(TwoNames, random_values(6), {"gemm": (3, 3)}),
-    "weight norm": Example(lambda: between(parametrizations.weight_norm(nn.Conv2d(6, 6, 3, padding=1))), IMAGE, THREE),
-    "weight norm by hooks": Example(weight_norm_by_hooks, IMAGE, THREE),
-    "spectral norm": Example(
-        lambda: between(parametrizations.spectral_norm(nn.Conv2d(6, 6, 3, padding=1))), IMAGE, THREE
-    ),
-    "spectral norm by hooks": Example(
-        lambda: between(torch.nn.utils.spectral_norm(nn.Conv2d(6, 6, 3, padding=1))), IMAGE, THREE
-    ),
-    "orthogonal": Example(
-        lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), parametrizations.orthogonal(nn.Linear(8, 8))),
-        random_values(6),
-        {"gemm": (2, 2)},
-    ),
-    "own parametrization": Example(
-        lambda: nn.Sequential(
-            nn.Linear(6, 6),
-            nn.ReLU(),
-            parametrize.register_parametrization(nn.Linear(6, 6), "weight", Symmetric()),
-        ),
-        random_values(6),
-        {"gemm": (2, 2)},
-    ),
+    "weight and spectral norm by hooks": Example(by_hooks, IMAGE, {"conv": (4, 4)}),
+    "parametrized": Example(parametrized, IMAGE, {"conv": (4, 4), "matmul": (2, 2)}),
 }
 
 
