@@ -406,7 +406,7 @@ def _layer_bits(network: nn.Module) -> dict[str, int]:
 
 def _relative(name: str, quantization: Any, network: nn.Module) -> str:
     """Return the name of a quantized layer as seen from ``network``."""
-    layer = quantization.model.get_submodule(name)
+    layer = dict(quantization.model.named_modules()).get(name)
     return next((found for found, module in network.named_modules() if module is layer), name)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,8 +16,9 @@ from lightning_compress.callbacks.clock import completed_steps, total_steps
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import Quantization, prepare, quantization_of
 from lightning_compress.quantization.batchnorm import freeze_batchnorm_
-from lightning_compress.quantization.placement import PlacementRow
-from lightning_compress.quantization.state import check_bits, check_finite_weights
+from lightning_compress.quantization.placement_report import PlacementReport, placement_report
+from lightning_compress.quantization.scheme import Scheme
+from lightning_compress.quantization.state import check_finite_weights
 from lightning_compress.schedules import check_moment, check_order, resolve_step
 from lightning_compress.selection import weight_layers
 
@@ -55,6 +56,9 @@ class QuantizationAwareTraining(pl.Callback):
             Best when the learning rate is already small: without statistics of its own batch a network takes large
             steps badly.
         exclude: Patterns of layer names that stay in float; a pattern covers everything below the name it matches.
+        overrides: Bits of single layers by pattern of their names, such as ``{"head": {"weight_bits": 8}}``; where
+            several patterns match, the last one wins.
+        edge_bits: Bits at least of the first and the last layers, for weights and for what they read.
         module: Name of the submodule to quantize; by default all that the LightningModule's forward reaches.
         observe_every: Steps between two observations of the ranges, once they have settled.
 
@@ -85,22 +89,20 @@ class QuantizationAwareTraining(pl.Callback):
         start: float = 0.0,
         freeze: float = 0.95,
         exclude: Sequence[str] = (),
+        overrides: Mapping[str, Mapping[str, int]] | None = None,
+        edge_bits: int = 8,
         module: str | None = None,
         observe_every: int = 8,
     ) -> None:
         super().__init__()
-        check_bits("weight_bits", weight_bits)
-        check_bits("activation_bits", activation_bits)
+        self.scheme = Scheme(weight_bits, activation_bits, exclude, overrides or {}, edge_bits)
         check_moment("start", start)
         check_moment("freeze", freeze)
         check_order("start", start, "freeze", freeze)
         if observe_every < 1:
             raise ValueError(f"`observe_every` must be at least 1 optimizer step, got {observe_every}.")
-        self.weight_bits = weight_bits
-        self.activation_bits = activation_bits
         self.start = start
         self.freeze = freeze
-        self.exclude = exclude
         self.module = module
         self.observe_every = observe_every
         self._slot = QuantizationSlot()
@@ -122,9 +124,9 @@ class QuantizationAwareTraining(pl.Callback):
         return self._slot.quantization
 
     @property
-    def placement(self) -> list[PlacementRow]:
+    def placement(self) -> PlacementReport:
         """What becomes of every operation: integer or float, on which grid, and why not."""
-        return self.quantization.rows
+        return placement_report(self.quantization.model)
 
     @property
     def complete(self) -> bool:
@@ -266,9 +268,7 @@ class QuantizationAwareTraining(pl.Callback):
             self._slot.take(existing or self._prepared(network))
 
     def _prepared(self, network: nn.Module) -> Quantization:
-        return prepare(
-            network, weight_bits=self.weight_bits, activation_bits=self.activation_bits, exclude=self.exclude
-        )
+        return prepare(network, self.scheme)
 
     def _network(self, pl_module: pl.LightningModule) -> nn.Module:
         if self.module is None:

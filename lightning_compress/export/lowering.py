@@ -9,19 +9,26 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-from lightning_compress.graph import CallKey, Trace, call_key, forward_signature
+from lightning_compress.export.products import matrix_product
+from lightning_compress.graph import CallKey, Trace, attention, call_arguments, call_key, forward_signature
 from lightning_compress.quantization import quantization_of, strip
-from lightning_compress.quantization.affine import NO_CLAMP, AffineGrid, integer_weight
-from lightning_compress.quantization.batchnorm import INT32_LIMIT, fold_batchnorm
-from lightning_compress.quantization.placement import Place, role
+from lightning_compress.quantization.affine import NO_CLAMP, AffineGrid
+from lightning_compress.quantization.batchnorm import INT32_LIMIT, fold_batchnorm, norm_factor_and_offset
+from lightning_compress.quantization.layers import SCALE_LIMIT, layer_result
+from lightning_compress.quantization.placement import Place, Placement
 from lightning_compress.quantization.ranges import ActivationRanges
-from lightning_compress.quantization.rewrite import layer_result
+from lightning_compress.quantization.roles import is_spatial_mean, role
+from lightning_compress.quantization.weights import WeightQuantizer
 
 _GRID = "_affine_grid"
 _OPS = torch.ops.quantized_decomposed
@@ -55,73 +62,86 @@ def lower(model: nn.Module, names: list[str] | None = None) -> nn.Module:
     if quantization is None or not quantization.is_quantizing:
         return strip(lowered)
     program, placement = quantization.analyse()
-    ranges = quantization.ranges
     transparent = {operation.node for operation in program.operations if role(operation) == "transparent"}
     strip(lowered)
+    plan = _Plan(placement, quantization.ranges, quantization.weights, transparent, names)
     with torch.no_grad():
         for trace in program.traces.values():
             forward = vars(trace.module).get("forward")
             if not isinstance(forward, _LoweredForward):
-                forward = _LoweredForward(trace.module, ranges, placement.nodes, transparent, names)
+                forward = _LoweredForward(trace.module, plan)
                 vars(trace.module)["forward"] = forward
             forward.variants[trace.key] = trace
-        for module in lowered.modules():
-            if id(module) in placement.weighted:
-                norm = placement.folds.get(id(module))
-                places = (placement.layer_inputs.get(id(module)), placement.layer_outputs.get(id(module)))
-                forward_of_layer = _LoweredLayer(module, norm, quantization.weight_bits, ranges, places, names)
-                vars(module)["forward"] = forward_of_layer
-                if norm is not None:
-                    vars(norm)["forward"] = _pass_through
+        for module in list(lowered.modules()):
+            if id(module) in placement.weights:
+                vars(module)["forward"] = _LoweredLayer(module, plan)
+            elif id(module) in placement.norms:
+                vars(module)["forward"] = _LoweredNorm(module, plan)
+            elif id(module) in placement.folded:
+                vars(module)["forward"] = _pass_through
     return lowered
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is put into the forwards of a copy.
+
+    Attributes:
+        placement: Where the copy is quantized.
+        ranges: The ranges of its values.
+        weights: What rounds its weights.
+        transparent: The nodes that only move values.
+        names: Takes the name of every value in the order in which it is quantized.
+    """
+
+    placement: Placement
+    ranges: ActivationRanges
+    weights: Mapping[str, WeightQuantizer]
+    transparent: Collection[fx.Node | None]
+    names: list[str] | None
+
+    def rounded(self, value: Any, place: Place | None) -> Any:
+        """Return ``value`` quantized and dequantized at ``place``."""
+        return value if place is None else quantized(value, place, self.ranges, self.names)
 
 
 class _LoweredForward:
     """Runs the eval graph of a module node by node, with a quantize/dequantize pair wherever there is a place."""
 
-    def __init__(
-        self,
-        owner: nn.Module,
-        ranges: ActivationRanges,
-        places: Mapping[fx.Node, Place],
-        transparent: Collection[fx.Node | None],
-        names: list[str] | None,
-    ) -> None:
+    def __init__(self, owner: nn.Module, plan: _Plan) -> None:
         self.owner = owner
-        self.ranges = ranges
-        self.places = places
-        self.transparent = transparent
-        self.names = names
+        self.plan = plan
         self.variants: dict[CallKey, Trace] = {}
+        self.weights: dict[fx.Node, _IntegerWeight] = {}
         self.__signature__ = forward_signature(owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         key = call_key(self.__signature__, args, kwargs)
-        if key is None or key not in self.variants:
+        arguments = call_arguments(self.__signature__, args, kwargs)
+        if key is None or arguments is None or key not in self.variants:
             return type(self.owner).forward(self.owner, *args, **kwargs)
-        bound = self.__signature__.bind(*args, **kwargs)
-        bound.apply_defaults()
         values: dict[fx.Node, Any] = {}
-        passed = iter([bound.arguments[name] for name, value in key if value == "<value>"])
+        passed = iter([arguments[name] for name, value in key if value == "<value>"])
         for node in self.variants[key].evaluation.nodes:
             if node.op == "output":
                 return fx.node.map_arg(node.args[0], lambda item: values[item])
             values[node] = next(passed) if node.op == "placeholder" else self._run(node, values)
-            place = self.places.get(node)
+            place = self.plan.placement.nodes.get(node)
             if place is not None:
-                values[node] = quantized(values[node], place, self.ranges, self.names)
-            elif node in self.transparent and values[node] is not values[node.all_input_nodes[0]]:
+                values[node] = self.plan.rounded(values[node], place)
+            elif node in self.plan.transparent and values[node] is not values[node.all_input_nodes[0]]:
                 # Said again after an operation that only moves values: runtimes look for dequantize -> op -> quantize.
                 grid = grid_of(values[node.all_input_nodes[0]])
-                values[node] = _on_grid(values[node], grid, node.name, self.names)
+                values[node] = _on_grid(values[node], grid, node.name, self.plan.names)
         raise AssertionError("A graph ends with its output.")
 
     def _run(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        place = self.places.get(node)
+        placement = self.plan.placement
+        place = placement.nodes.get(node)
         if place is not None and place.clamp != NO_CLAMP:
             return values[node.all_input_nodes[0]]  # the quantizer clips
-        args = fx.node.map_arg(node.args, lambda item: values[item])
-        kwargs = fx.node.map_arg(node.kwargs, lambda item: values[item])
+        args: Any = fx.node.map_arg(node.args, lambda item: values[item])
+        kwargs: Any = fx.node.map_arg(node.kwargs, lambda item: values[item])
         if node.op == "get_attr":
             value: Any = self.owner
             for name in str(node.target).split("."):
@@ -129,63 +149,149 @@ class _LoweredForward:
             return value
         if node.op == "call_module":
             return self.owner.get_submodule(str(node.target))(*args, **kwargs)
+        if place is not None and is_spatial_mean(node) and args[0].dim() == 4:
+            # A mean over rows and columns in the form for which runtimes have an integer kernel.
+            pooled = nn.functional.adaptive_avg_pool2d(args[0], 1)
+            keeps = kwargs.get("keepdim", args[2] if len(args) > 2 else False)
+            return pooled if keeps else pooled.flatten(1)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)
+        if node in placement.weights:
+            return self._weighted(node, *args, **kwargs)
+        if node in placement.attentions:
+            spots = placement.attentions[node]
+            return attention(*args, **kwargs, on=lambda name, value: self.plan.rounded(value, spots[name]))
+        if node.target is torch.einsum and all(grid_of(value) is not None for value in args[1:]):
+            return matrix_product(args[0], args[1], args[2], self._say_again)
         return node.target(*args, **kwargs)
 
+    def _say_again(self, moved: Tensor, value: Tensor) -> Tensor:
+        result: Tensor = _on_grid(moved, grid_of(value), "operand", self.plan.names)
+        return result
 
-class _LoweredLayer:
-    """A convolution or linear layer with int8 weights and, where its input lies on a grid, an int32 bias."""
+    def _weighted(self, node: fx.Node, x: Tensor, weight: Tensor, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if node not in self.weights:
+            self.weights[node] = _IntegerWeight(self.owner, self.plan, node, f"{node.name}_", weight, bias)
+        assert callable(node.target)
+        return node.target(x, *self.weights[node].parameters(x), *args, **kwargs)
+
+
+class _IntegerWeight:
+    """Weight and bias of one layer as constants: int8 weights and, where its input lies on a grid, an int32 bias."""
 
     def __init__(
-        self,
-        owner: nn.Module,
-        norm: nn.Module | None,
-        bits: int,
-        ranges: ActivationRanges,
-        places: tuple[Place | None, Place | None],
-        names: list[str] | None,
+        self, owner: nn.Module, plan: _Plan, key: int | fx.Node, prefix: str, weight: Tensor, bias: Tensor | None
     ) -> None:
+        place = plan.placement.weights[key]
+        quantizer = plan.weights[place.name]
         self.owner = owner
-        self.ranges = ranges
-        self.before, self.after = places
-        self.names = names
-        weight, bias = owner.weight, owner.bias
-        assert isinstance(weight, Tensor)
-        self.integers, self.scales = integer_weight(weight, bits)
-        self.bias = bias.detach() if isinstance(bias, Tensor) else None
-        if norm is not None:
-            self.integers, self.scales, self.bias = fold_batchnorm(self.integers, self.scales, self.bias, norm)
+        self.prefix = prefix
+        self.axis = quantizer.axis
+        self.integers, self.scales = quantizer.integers(weight.detach())
+        self.bias = None if bias is None else bias.detach()
+        if place.norm is not None:
+            self.integers, self.scales, self.bias = fold_batchnorm(self.integers, self.scales, self.bias, place.norm)
         self.suffixes: dict[AffineGrid | None, str] = {}
-        for name in ("weight", "bias"):
-            owner._parameters.pop(name, None)
-        self.__signature__ = inspect.signature(type(owner).forward)
 
-    def __call__(self, input: Tensor) -> Tensor:
-        x = input if self.before is None else quantized(input, self.before, self.ranges, self.names)
+    def parameters(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias, dequantized, for an input."""
         grid = grid_of(x)
         if grid not in self.suffixes:
             self._settle(grid)
         suffix, buffers = self.suffixes[grid], self.owner._buffers
-        weight = _dequantized(buffers[f"weight{suffix}"], buffers[f"weight_scale{suffix}"])
-        bias = buffers[f"bias{suffix}"]
-        if bias is not None and grid is not None:
-            bias = _dequantized(bias, buffers[f"bias_scale{suffix}"])
-        result = layer_result(self.owner, x, weight, bias)
-        return result if self.after is None else quantized(result, self.after, self.ranges, self.names)
+        weight = _dequantized(
+            buffers[f"{self.prefix}weight{suffix}"], buffers[f"{self.prefix}weight_scale{suffix}"], self.axis
+        )
+        bias, bias_scale = buffers[f"{self.prefix}bias{suffix}"], buffers[f"{self.prefix}bias_scale{suffix}"]
+        return weight, bias if bias is None or bias_scale is None else _dequantized(bias, bias_scale)
 
     def _settle(self, grid: AffineGrid | None) -> None:
         """Keep weight and bias as constants for inputs on ``grid``."""
         suffix = self.suffixes[grid] = f"_{len(self.suffixes) + 1}" if self.suffixes else ""
         integers, scales, bias, bias_scales = self.integers, self.scales, self.bias, None
-        if bias is not None and grid is not None:
+        if bias is not None and grid is not None and bias.shape == scales.shape:
             integers, scales = room_for_bias(integers, scales, bias, grid.scale)
             bias_scales = scales * grid.scale
             bias = (bias.double() / bias_scales.double()).round().clamp(-INT32_LIMIT, INT32_LIMIT).to(torch.int32)
-        constants = {"weight": integers, "weight_scale": scales, "bias": bias, "bias_scale": bias_scales}
+        weight = integers.transpose(0, self.axis).contiguous()
+        constants = {"weight": weight, "weight_scale": scales, "bias": bias, "bias_scale": bias_scales}
         for name, constant in constants.items():
-            self.owner.register_buffer(f"{name}{suffix}", constant)
+            self.owner.register_buffer(f"{self.prefix}{name}{suffix}", constant)
+
+
+class _LoweredLayer:
+    """A convolution or linear layer with integer weights."""
+
+    def __init__(self, owner: nn.Module, plan: _Plan) -> None:
+        self.owner = owner
+        self.plan = plan
+        self.before = plan.placement.layer_inputs.get(id(owner))
+        self.after = plan.placement.layer_outputs.get(id(owner))
+        _settle_parametrizations(owner)
+        weight, bias = owner.weight, owner.bias
+        assert isinstance(weight, Tensor)
+        assert bias is None or isinstance(bias, Tensor)
+        self.weight = _IntegerWeight(owner, plan, id(owner), "", weight, bias)
+        for name in ("weight", "bias"):
+            owner._parameters.pop(name, None)
+        self.__signature__ = inspect.signature(type(owner).forward)
+
+    def __call__(self, input: Tensor, *rest: Any) -> Tensor:
+        x = self.plan.rounded(input, self.before)
+        result = layer_result(self.owner, x, *self.weight.parameters(x), *rest)
+        return self.plan.rounded(result, self.after)  # type: ignore[no-any-return]
+
+
+class _LoweredNorm:
+    """A batch norm on its own, as a convolution of each channel with one integer, 127 or -127."""
+
+    def __init__(self, owner: nn.Module, plan: _Plan) -> None:
+        self.owner = owner
+        self.factor, self.offset = norm_factor_and_offset(owner)
+        self.is_settled = False
+
+    def __call__(self, input: Tensor) -> Tensor:
+        grid = grid_of(input)
+        n_dims = input.dim() - 2
+        if grid is None or n_dims == 0:
+            shape = [1, -1, *[1] * n_dims]
+            return input * self.factor.view(shape) + self.offset.view(shape)
+        if not self.is_settled:
+            self._settle(grid, n_dims)
+        buffers = self.owner._buffers
+        weight = _dequantized(buffers["factor"], buffers["factor_scale"])
+        bias = _dequantized(buffers["offset"], buffers["offset_scale"])
+        convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[n_dims - 1]
+        return convolve(input, weight, bias, groups=len(self.factor))
+
+    def _settle(self, grid: AffineGrid, n_dims: int) -> None:
+        integers = torch.where(self.factor < 0, -SCALE_LIMIT, SCALE_LIMIT).to(torch.int8)
+        integers, scales = room_for_bias(
+            integers.view(-1, 1, *[1] * n_dims), self.factor.abs() / SCALE_LIMIT, self.offset, grid.scale
+        )
+        offset_scale = scales * grid.scale
+        offset = (self.offset.double() / offset_scale.double()).round().clamp(-INT32_LIMIT, INT32_LIMIT)
+        constants = {"factor": integers, "factor_scale": scales, "offset": offset.to(torch.int32)}
+        for name, constant in {**constants, "offset_scale": offset_scale}.items():
+            self.owner.register_buffer(name, constant)
+        self.is_settled = True
+
+
+def _settle_parametrizations(layer: nn.Module) -> None:
+    """Make the parameters that a layer computes from others (weight norm and the like) plain ones."""
+    if parametrize.is_parametrized(layer):
+        # Not by torch's `remove_parametrizations`: it takes the attribute off a class that copies share.
+        assert isinstance(layer.parametrizations, nn.ModuleDict)
+        values = {name: getattr(layer, name).detach() for name in layer.parametrizations}
+        layer.__class__ = type(layer).__bases__[0]
+        del layer.parametrizations
+        for name, value in values.items():
+            layer.register_parameter(name, nn.Parameter(value))
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if isinstance(hook, WeightNorm | SpectralNorm | prune.BasePruningMethod):
+            hook.remove(layer)
+            del layer._forward_pre_hooks[key]
 
 
 def room_for_bias(integers: Tensor, scales: Tensor, bias: Tensor, input_scale: float) -> tuple[Tensor, Tensor]:
@@ -269,13 +375,13 @@ def _on_grid(
     return result
 
 
-def _dequantized(integers: Tensor | None, scales: Tensor | None) -> Tensor:
+def _dequantized(integers: Tensor | None, scales: Tensor | None, axis: int = 0) -> Tensor:
     assert integers is not None
     assert scales is not None
     zero_points = torch.zeros_like(scales, dtype=torch.int64)
     limits = torch.iinfo(integers.dtype)
     result: Tensor = _OPS.dequantize_per_channel(
-        integers, scales, zero_points, 0, limits.min, limits.max, integers.dtype
+        integers, scales, zero_points, axis, limits.min, limits.max, integers.dtype
     )
     return result
 

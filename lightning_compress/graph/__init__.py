@@ -1,10 +1,12 @@
 """The dataflow of a model, traced module by module and stitched together."""
 
+from lightning_compress.graph.equivalents import attention
 from lightning_compress.graph.program import Operation, Program, trace_program
 from lightning_compress.graph.tracing import (
     CallKey,
     Trace,
     UntraceableError,
+    call_arguments,
     call_key,
     entry_key,
     forward_signature,
@@ -22,6 +24,8 @@ __all__ = [
     "Program",
     "Trace",
     "UntraceableError",
+    "attention",
+    "call_arguments",
     "call_key",
     "entry_key",
     "forward_signature",

@@ -17,6 +17,7 @@ from lightning_compress.graph.tracing import (
     CallKey,
     Trace,
     UntraceableError,
+    call_arguments,
     call_key,
     entry_key,
     forward_signature,
@@ -46,6 +47,7 @@ class Operation:
         users: Operations that read its value.
         is_result: Whether an entry of the model returns its value.
         is_scalar: Whether it yields no tensor: a shape, a size, or arithmetic on such.
+        is_constant: Whether its value comes from parameters and buffers alone.
     """
 
     kind: Literal["input", "constant", "module", "function", "method"]
@@ -57,6 +59,7 @@ class Operation:
     users: list[Operation] = field(default_factory=list)
     is_result: bool = False
     is_scalar: bool = False
+    is_constant: bool = False
 
     @property
     def name(self) -> str:
@@ -150,7 +153,7 @@ class _Stitcher:
         path = self.paths[id(module)]
         if key is None:
             if not isinstance(module, nn.ModuleList | nn.ModuleDict):
-                self.program.untraceable[path] = "its forward takes *args or **kwargs"
+                self.program.untraceable[path] = "its forward takes *args"
             return None
         if (id(module), key) not in self.program.traces:
             try:
@@ -210,14 +213,14 @@ class _Stitcher:
                 self._enter(grandchild)
             return self._add("module", child, path, node, trace, values)
         self.entered.add(id(child))
-        bound = signature.bind(*_substitute(node.args, values), **_substitute(node.kwargs, values))
-        bound.apply_defaults()
-        return self._walk(child_trace, bound.arguments)
+        arguments = call_arguments(signature, _substitute(node.args, values), _substitute(node.kwargs, values))
+        assert arguments is not None
+        return self._walk(child_trace, arguments)
 
     def _overwrites_what_is_read_again(self, node: fx.Node, child: Trace, parent: Trace) -> bool:
         """Tell whether ``node`` of ``parent``, a call of ``child``, changes a value that is read after it."""
-        bound = forward_signature(child.module).bind(*node.args, **node.kwargs).arguments
-        overwritten = [bound.get(name) for name in overwritten_parameters(child)]
+        arguments = call_arguments(forward_signature(child.module), node.args, node.kwargs) or {}
+        overwritten = [arguments.get(name) for name in overwritten_parameters(child)]
         order = {reader: position for position, reader in enumerate(parent.evaluation.nodes)}
         return any(
             order[reader] > order[node]
@@ -242,6 +245,15 @@ class _Stitcher:
             (target is getattr and node.args[1] in _SIZE_ATTRIBUTES)
             or target in _SIZE_METHODS
             or (bool(inputs) and all(value.is_scalar for value in inputs))
+        )
+        operation.is_constant = (
+            kind == "constant"
+            or (kind == "module" and not inputs)  # a parametrization computes a weight from parameters
+            or (
+                kind in ("function", "method")
+                and any(value.is_constant for value in inputs)
+                and all(value.is_constant or value.is_scalar for value in inputs)
+            )
         )
         for value in inputs:
             value.users.append(operation)

@@ -7,11 +7,13 @@ import inspect
 import operator
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from lightning_compress.graph.equivalents import equivalent_of
 
 _PASSED = "<value>"
 """Stands in a call key for an argument whose value is known only when the module runs."""
@@ -65,22 +67,50 @@ def call_key(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[
         kwargs: Keyword arguments of the call.
 
     Returns:
-        The key, or None for a signature with ``*args`` or ``**kwargs`` and for a call that does not fit it.
+        The key, or None for a call that fills ``*args`` or does not fit the signature.
 
     Example:
         >>> def forward(image, mask=None, *, scale=2.0): ...
         >>> call_key(inspect.signature(forward), (torch.ones(1),), {"scale": 3.0})
         (('image', '<value>'), ('mask', None), ('scale', '<value>'))
     """
-    kinds = {parameter.kind for parameter in signature.parameters.values()}
-    if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
-        return None
+    arguments = call_arguments(signature, args, kwargs)
+    return None if arguments is None else tuple((name, _constant_or_passed(arguments[name])) for name in arguments)
+
+
+def call_arguments(
+    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return the arguments of a call by name, defaults and the entries of ``**kwargs`` among them.
+
+    Args:
+        signature: Signature of the bound forward, without ``self``.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Returns:
+        The arguments, or None for a call that fills ``*args`` or does not fit the signature.
+
+    Example:
+        >>> def forward(image, scale=2.0, **settings): ...
+        >>> call_arguments(inspect.signature(forward), (1,), {"size": 3})
+        {'image': 1, 'scale': 2.0, 'size': 3}
+    """
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError:
         return None
     bound.apply_defaults()
-    return tuple((name, _constant_or_passed(value)) for name, value in bound.arguments.items())
+    found: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            found.update(value)
+        elif kind is not inspect.Parameter.VAR_POSITIONAL:
+            found[name] = value
+        elif value:
+            return None
+    return found
 
 
 def entry_key(signature: inspect.Signature) -> CallKey | None:
@@ -91,10 +121,16 @@ def entry_key(signature: inspect.Signature) -> CallKey | None:
         >>> entry_key(inspect.signature(forward))
         (('image', '<value>'), ('mask', None))
     """
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     required = [
-        name for name, parameter in signature.parameters.items() if parameter.default is inspect.Parameter.empty
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.default is inspect.Parameter.empty and parameter.kind not in variable
     ]
-    if any(signature.parameters[name].kind is inspect.Parameter.POSITIONAL_ONLY for name in required):
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds or any(
+        signature.parameters[name].kind is inspect.Parameter.POSITIONAL_ONLY for name in required
+    ):
         return None
     return call_key(signature, (), dict.fromkeys(required, 0))
 
@@ -121,7 +157,7 @@ def forward_signature(module: nn.Module) -> inspect.Signature:
 
 
 def is_operator(module: nn.Module) -> bool:
-    """Tell whether ``module`` counts as one operation: its forward was written in `torch.nn`, and it is no container.
+    """Tell whether ``module`` counts as one operation: its forward was written in `torch.nn`, and it calls no other.
 
     Example:
         >>> is_operator(nn.Conv2d(1, 1, 1)), is_operator(nn.Sequential())
@@ -129,8 +165,14 @@ def is_operator(module: nn.Module) -> bool:
     """
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return False
+    if any(name != "parametrizations" for name, _ in module.named_children()):
+        return False
     owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
     return owner.__module__.startswith("torch.nn.")
+
+
+def _fits_always(values: Sequence[Any]) -> bool:
+    return True
 
 
 @dataclass(eq=False)
@@ -143,6 +185,9 @@ class Trace:
         key: How it is called.
         evaluation: Graph in eval mode: the one that ships.
         training: Graph in train mode; it may differ by dropout, auxiliary heads and the like.
+        is_exact: Whether the graphs give the module's own bits; False where the forward of a module of torch was
+            traced in an equivalent form.
+        fits: Tells whether the graphs stand for a call with these values.
     """
 
     path: str
@@ -150,6 +195,8 @@ class Trace:
     key: CallKey
     evaluation: fx.Graph
     training: fx.Graph
+    is_exact: bool = True
+    fits: Callable[[Sequence[Any]], bool] = field(default=_fits_always)
 
 
 def trace_module(module: nn.Module, key: CallKey, path: str = "") -> Trace:
@@ -173,21 +220,25 @@ def trace_module(module: nn.Module, key: CallKey, path: str = "") -> Trace:
         ['placeholder', 'call_module', 'call_module', 'output']
     """
     modes = [(submodule, submodule.training) for submodule in module.modules()]
+    equivalent = equivalent_of(module)
+    forward = type(module).forward if equivalent is None else equivalent.forward
     try:
-        evaluation = _trace_forward(module.eval(), key)
-        training = _trace_forward(module.train(), key)
+        evaluation = _trace_forward(module.eval(), forward, key)
+        training = _trace_forward(module.train(), forward, key)
     finally:
         for submodule, mode in modes:
             submodule.training = mode
-    return Trace(path, module, key, evaluation, training)
+    if equivalent is None:
+        return Trace(path, module, key, evaluation, training)
+    return Trace(path, module, key, evaluation, training, equivalent.is_exact, equivalent.fits)
 
 
-def _trace_forward(module: nn.Module, key: CallKey) -> fx.Graph:
+def _trace_forward(module: nn.Module, forward: Callable[..., Any], key: CallKey) -> fx.Graph:
     random_states = torch.get_rng_state(), random.getstate()
     attributes = _Attributes(module)
     changed = None
     try:
-        graph = _ShallowTracer(dict(key)).trace(module)
+        graph = _ShallowTracer(forward, dict(key)).trace(module)
     except UntraceableError:
         raise
     except Exception as error:  # user code on proxies may raise anything at all; whatever it is, the graph is missing
@@ -338,8 +389,9 @@ def _functionalize_(graph: fx.Graph, module: nn.Module) -> None:
 class _ShallowTracer(fx.Tracer):
     """Traces one forward: every child is a leaf, and constants of the call stay constants."""
 
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, forward: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
         super().__init__()
+        self._forward = forward
         self._arguments = arguments
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -352,7 +404,7 @@ class _ShallowTracer(fx.Tracer):
             name: self.create_proxy("placeholder", name, (), {}) if value == _PASSED else value
             for name, value in self._arguments.items()
         }
-        signature = inspect.signature(root_fn)
+        signature = inspect.signature(self._forward)
         positional_only = [
             values.pop(name)
             for name, parameter in signature.parameters.items()
@@ -360,7 +412,7 @@ class _ShallowTracer(fx.Tracer):
         ]
 
         def call(root: nn.Module) -> Any:
-            return root_fn(root, *positional_only, **values)
+            return self._forward(root, *positional_only, **values)
 
         return call, [self.root]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.quantization.placement import NORMS
+from lightning_compress.quantization.roles import NORMS
 
 INT32_LIMIT = 2**31 - 1
 """The largest integer of a bias."""

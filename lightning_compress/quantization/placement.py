@@ -1,217 +1,40 @@
 """Placement: which values of a model are quantized, and where.
 
 A value gets one quantizer, after the last operation that runtimes fuse into its producer (convolution, batch norm and
-ReLU are one), so that convolutions, linear layers, adds, concatenations and poolings read integers on every input.
+ReLU are one). Convolutions, linear layers and matrix products read integers on every input; adds, multiplications,
+concatenations and poolings do where what comes after them reads integers anyway. A residual stream that only
+normalisations read stays in float.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from lightning_compress.graph import Operation, Program, is_operator
-from lightning_compress.quantization.affine import NO_CLAMP
-
-Role = Literal["source", "weighted", "norm", "clamp", "arithmetic", "concat", "transparent", "scalar", "float"]
-"""What an operation is to quantization.
-
-``source``: a value from outside. ``weighted``: convolution or linear layer. ``clamp``: an activation that a quantizer
-takes over. ``arithmetic``, ``concat``: run in integers when all they read and write is quantized. ``transparent``:
-moves or picks values, so its result lies on the grid of what it read. ``scalar``: yields no tensor. ``float``: all
-else.
-"""
-
-QUANTIZABLE_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-"""Layers whose weights are quantized."""
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-"""Norms that fold into the layer before them."""
-
-_POOLS = (
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d,
+from lightning_compress.quantization.affine import NO_CLAMP, AffineGrid
+from lightning_compress.quantization.roles import (
+    LINEAR_FUNCTIONS,
+    QUANTIZABLE_LAYERS,
+    TRANSPOSED_FUNCTIONS,
+    TRANSPOSED_LAYERS,
+    WEIGHTED_FUNCTIONS,
+    Role,
+    clamp_bounds,
+    has_own_weight,
+    role,
 )
-_TRANSPARENT_MODULES = (
-    nn.Identity,
-    nn.Flatten,
-    nn.Unflatten,
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.MaxPool3d,
-    nn.AdaptiveMaxPool1d,
-    nn.AdaptiveMaxPool2d,
-    nn.AdaptiveMaxPool3d,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-    nn.ChannelShuffle,
-)
-_ARITHMETIC_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
-    {
-        operator.add,
-        operator.mul,
-        operator.matmul,
-        torch.add,
-        torch.mul,
-        torch.multiply,
-        torch.matmul,
-        torch.bmm,
-        torch.mean,
-        F.avg_pool1d,
-        F.avg_pool2d,
-        F.avg_pool3d,
-        F.adaptive_avg_pool1d,
-        F.adaptive_avg_pool2d,
-        F.adaptive_avg_pool3d,
-    }
-)
-_ARITHMETIC_METHODS = frozenset({"add", "add_", "mul", "mul_", "matmul", "bmm", "mean"})
-_TWO_OPERANDS = frozenset(
-    {operator.add, operator.mul, torch.add, torch.mul, torch.multiply, "add", "add_", "mul", "mul_"}
-)
-_ADDS = frozenset({operator.add, torch.add, "add", "add_"})
-_SOFTMAX_FUNCTIONS = frozenset({F.softmax, torch.softmax, F.log_softmax, torch.log_softmax, "softmax", "log_softmax"})
-_TRANSPARENT_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
-    {
-        operator.getitem,
-        torch.flatten,
-        torch.reshape,
-        torch.permute,
-        torch.transpose,
-        torch.squeeze,
-        torch.unsqueeze,
-        torch.chunk,
-        torch.split,
-        torch.unbind,
-        F.max_pool1d,
-        F.max_pool2d,
-        F.max_pool3d,
-        F.adaptive_max_pool1d,
-        F.adaptive_max_pool2d,
-        F.adaptive_max_pool3d,
-        F.dropout,
-        F.dropout2d,
-        F.pixel_shuffle,
-        F.pixel_unshuffle,
-        torch.max_pool1d,
-        torch.max_pool2d,
-        torch.max_pool3d,
-    }
-)
-_TRANSPARENT_METHODS = frozenset(
-    {
-        "flatten",
-        "view",
-        "reshape",
-        "permute",
-        "transpose",
-        "contiguous",
-        "squeeze",
-        "unsqueeze",
-        "chunk",
-        "split",
-        "unbind",
-        "expand",
-        "clone",
-        "detach",
-    }
-)
-_CONCATS: frozenset[Callable[..., Any]] = frozenset({torch.cat, torch.concat, torch.concatenate, torch.stack})
-_RELU_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset({F.relu, torch.relu, torch.relu_, F.relu_})
+from lightning_compress.quantization.scheme import Scheme
+from lightning_compress.selection import match_names
 
+WeightKey = int | fx.Node
+"""What holds a quantized weight: the identity of a layer, or the node of a function call."""
 
-def clamp_bounds(operation: Operation) -> tuple[float, float] | None:
-    """Return the bounds of an activation that clips (ReLU, ReLU6, Hardtanh), or None for any other operation.
-
-    Bounds that leave out zero do not count, since every grid holds zero.
-
-    Example:
-        >>> from lightning_compress.graph import trace_program
-        >>> program = trace_program(nn.Sequential(nn.ReLU(), nn.ReLU6(), nn.Sigmoid()))
-        >>> [clamp_bounds(operation) for operation in program.operations]
-        [None, (0.0, inf), (0.0, 6.0), None]
-    """
-    target = operation.target
-    if isinstance(target, nn.ReLU) or target in _RELU_FUNCTIONS:
-        return (0.0, math.inf)
-    if operation.kind == "method" and target in ("relu", "relu_"):
-        return (0.0, math.inf)
-    if isinstance(target, nn.ReLU6) or target is F.relu6:
-        return (0.0, 6.0)
-    if isinstance(target, nn.Hardtanh) and target.min_val <= 0.0 <= target.max_val:
-        return (float(target.min_val), float(target.max_val))
-    return None
-
-
-def role(operation: Operation, excluded: Collection[int] = ()) -> Role:
-    """Return what ``operation`` is to quantization.
-
-    Args:
-        operation: Any operation of a program.
-        excluded: Identities of layers that stay in float.
-
-    Example:
-        >>> from lightning_compress.graph import trace_program
-        >>> net = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU(), nn.MaxPool2d(2), nn.Tanh())
-        >>> [role(operation) for operation in trace_program(net).operations]
-        ['source', 'weighted', 'norm', 'clamp', 'transparent', 'float']
-    """
-    target = operation.target
-    if operation.kind in ("input", "constant"):
-        return "source"
-    if operation.is_scalar:
-        return "scalar"
-    if operation.kind == "module":
-        if isinstance(target, QUANTIZABLE_LAYERS):
-            return "float" if id(target) in excluded else "weighted"
-        if isinstance(target, NORMS):
-            return "norm"
-        if isinstance(target, _POOLS):
-            return "arithmetic"
-        if isinstance(target, _TRANSPARENT_MODULES):
-            return "transparent"
-    if clamp_bounds(operation) is not None:
-        return "clamp"
-    return _function_role(operation)
-
-
-def _function_role(operation: Operation) -> Role:
-    target = operation.target
-    if operation.kind == "module":
-        return "float"
-    if operation.kind == "method":
-        found: Role = "arithmetic" if target in _ARITHMETIC_METHODS else "float"
-        found = "transparent" if target in _TRANSPARENT_METHODS else found
-    elif target in _CONCATS:
-        return "concat"
-    elif target is operator.getitem and role(operation.inputs[0]) in ("source", "float"):
-        return "source"  # an entry of what may be a container (an LSTM's result): the first tensor of its own
-    else:
-        found = "arithmetic" if target in _ARITHMETIC_FUNCTIONS else "float"
-        found = "transparent" if target in _TRANSPARENT_FUNCTIONS else found
-    if target in _ADDS and operation.users and all(_is_softmax(user) for user in operation.users):
-        return "float"  # scores with a mask of -inf, which no grid holds
-    # An add or multiply by a plain number has no second operand to run on in integers.
-    return "float" if target in _TWO_OPERANDS and len(operation.inputs) < 2 else found
-
-
-def _is_softmax(operation: Operation) -> bool:
-    is_module = isinstance(operation.target, nn.Softmax | nn.LogSoftmax)
-    return is_module or (operation.kind != "module" and operation.target in _SOFTMAX_FUNCTIONS)
+ATTENTION_OPERANDS = ("query", "key", "probabilities", "value")
+"""The operands of the two matrix products of an attention."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +53,23 @@ class Place:
 
 
 @dataclass(frozen=True)
+class WeightPlace:
+    """A weight that is rounded.
+
+    Attributes:
+        name: Name of the layer, or of the call of a function.
+        bits: Bits of the weight.
+        norm: The batch norm that folds into it, or None.
+        grid: The quantizer whose grid the layer's input lies on, where there is just one, else None.
+    """
+
+    name: str
+    bits: int
+    norm: nn.Module | None = None
+    grid: str | None = None
+
+
+@dataclass(frozen=True)
 class PlacementRow:
     """What becomes of one operation.
 
@@ -239,6 +79,8 @@ class PlacementRow:
         is_integer: Whether it reads and writes integers.
         quantizer: Name of the quantizer of its result, or an empty string.
         reason: Why it stays in float, or an empty string.
+        weight_bits: Bits of its weight, or None where it has none.
+        grid: Grid of its result, or None where that is not known (yet).
     """
 
     name: str
@@ -246,6 +88,8 @@ class PlacementRow:
     is_integer: bool
     quantizer: str
     reason: str
+    weight_bits: int | None = None
+    grid: AffineGrid | None = None
 
 
 @dataclass(eq=False)
@@ -255,88 +99,132 @@ class Placement:
     Attributes:
         bits: Bits of every quantizer, by name.
         nodes: Places by the node, of an eval graph, whose value they round.
+        attentions: Places of the four operands of an attention, by its node.
         layer_inputs: Places at the input of weighted layers that untraced code calls, by layer identity.
         layer_outputs: The same at their output.
-        layer_grids: The quantizer whose grid a layer's input lies on, by layer identity, where there is just one.
-        weighted: Identities of the layers whose weights are quantized.
-        folds: The batch norm (value) that folds into each layer (key), by identity.
+        weights: The weights that are rounded.
+        norms: Batch norms that fold nowhere and become a scale and a shift, by identity, with the quantizer whose
+            grid their input lies on.
         rows: What becomes of each operation.
     """
 
     bits: dict[str, int] = field(default_factory=dict)
     nodes: dict[fx.Node, Place] = field(default_factory=dict)
+    attentions: dict[fx.Node, dict[str, Place]] = field(default_factory=dict)
     layer_inputs: dict[int, Place] = field(default_factory=dict)
     layer_outputs: dict[int, Place] = field(default_factory=dict)
-    layer_grids: dict[int, str] = field(default_factory=dict)
-    weighted: set[int] = field(default_factory=set)
-    folds: dict[int, nn.Module] = field(default_factory=dict)
+    weights: dict[WeightKey, WeightPlace] = field(default_factory=dict)
+    norms: dict[int, str] = field(default_factory=dict)
     rows: list[PlacementRow] = field(default_factory=list)
 
-    def to_text(self) -> str:
-        """Return the placement as an aligned table, one line an operation."""
-        table = [("operation", "kind", "runs in", "grid of its result / why in float")]
-        table += [
-            (row.name, row.operation, "integer" if row.is_integer else "float", row.quantizer or row.reason or "-")
-            for row in self.rows
-        ]
-        widths = [max(len(line[column]) for line in table) for column in range(3)]
-        return "\n".join(
-            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]])
-            for line in table
-        )
+    @property
+    def folded(self) -> set[int]:
+        """Identities of the batch norms that fold into a layer."""
+        return {id(weight.norm) for weight in self.weights.values() if weight.norm is not None}
 
 
-def place(program: Program, activation_bits: int = 8, excluded: Collection[int] = ()) -> Placement:
+def place(program: Program, scheme: Scheme | None = None, layer_names: Sequence[str] = ()) -> Placement:
     """Decide which values of ``program`` are quantized.
 
     Args:
         program: The traced model.
-        activation_bits: Bits of activations, 2 to 8; inputs and results of the model keep 8.
-        excluded: Identities of layers that stay in float.
+        scheme: Bits, and what stays in float; by default 8 bits everywhere.
+        layer_names: Layers that the scheme may name besides those that the program runs.
 
     Returns:
         The placement.
 
+    Raises:
+        ValueError: If a pattern of the scheme matches no layer.
+
     Example:
         >>> from lightning_compress.graph import trace_program
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        >>> print(place(trace_program(net)).to_text())
-        operation  kind         runs in  grid of its result / why in float
-        0          Conv2d       integer  2
-        1          BatchNorm2d  integer  2
-        2          ReLU         integer  2
+        >>> placement = place(trace_program(net))
+        >>> placement.bits, [row.quantizer for row in placement.rows]
+        ({'input_1': 8, '2': 8}, ['2', '2', '2'])
     """
-    return _Placer(program, activation_bits, excluded).run()
+    return _Placer(program, scheme or Scheme(), layer_names).run()
 
 
 class _Placer:
     """Marks the values that must be quantized, then names their quantizers."""
 
-    def __init__(self, program: Program, activation_bits: int, excluded: Collection[int]) -> None:
+    def __init__(self, program: Program, scheme: Scheme, layer_names: Sequence[str]) -> None:
         self.operations = program.operations
-        self.activation_bits = activation_bits
-        self.roles = {id(operation): role(operation, excluded) for operation in self.operations}
-        self.excluded = excluded
+        self.scheme = scheme
+        names = weight_names(program)
+        every = list(dict.fromkeys([*layer_names, *names.values()]))
+        excluded = match_names(every, scheme.exclude, "exclude")
+        self.excluded = {key for key, name in names.items() if name in excluded}
+        self.roles = {id(operation): role(operation, self.excluded) for operation in self.operations}
+        self.names = names
+        self.settings = scheme.settings(every, self._edges())
+        self.readers_want: dict[int, bool] = {}
         self.quantized: dict[int, Operation] = {}
         self.twins: list[list[Operation]] = []  # operations whose results must share a grid
+        self.attentions: list[Operation] = []
 
     def run(self) -> Placement:
+        for operation in reversed(self.operations):
+            self.readers_want[id(operation)] = self._is_wanted(operation)
         for operation in self.operations:
             kind = self._role(operation)
             if kind == "weighted":
                 self._require(operation.inputs[0])
+                if not self._is_linear(operation) or self._chain_is_wanted(operation):
+                    self._mark(self._chain_end(operation))
+            elif kind == "norm" and self._is_scale(operation):
+                self._require(operation.inputs[0])
                 self._mark(self._chain_end(operation))
-            elif kind in ("arithmetic", "concat"):
+            elif kind in ("arithmetic", "concat") and self._chain_is_wanted(operation):
                 tensors = [value for value in operation.inputs if self._role(value) != "scalar"]
                 for value in tensors:
                     self._require(value)
                 self._mark(self._chain_end(operation))
                 if kind == "concat":
                     self.twins.append([self._root(value) for value in tensors] + [operation])
+        for operation in self.operations:
+            if self._role(operation) == "product":
+                for value in operation.inputs:
+                    self._require_operand(value)
+                if self._chain_is_wanted(operation):
+                    self._mark(self._chain_end(operation))
+            elif self._role(operation) == "attention":
+                self.attentions.append(operation)
         return self._name()
 
     def _role(self, operation: Operation) -> Role:
         return self.roles[id(operation)]
+
+    def _is_wanted(self, operation: Operation) -> bool:
+        """Tell whether someone reads the value in integers, or it is a result of the model."""
+        return operation.is_result or any(self._wants(user, operation) for user in operation.users)
+
+    def _wants(self, user: Operation, value: Operation) -> bool:
+        kind = self._role(user)
+        if kind == "weighted":
+            return user.inputs[0] is value
+        if kind in ("arithmetic", "concat", "clamp", "transparent", "norm"):
+            return self.readers_want[id(user)]
+        return False
+
+    def _chain_is_wanted(self, operation: Operation) -> bool:
+        return self.readers_want[id(self._chain_end(operation))]
+
+    def _is_linear(self, operation: Operation) -> bool:
+        return isinstance(operation.target, nn.Linear) or operation.target in LINEAR_FUNCTIONS
+
+    def _is_scale(self, norm: Operation) -> bool:
+        """Tell whether a batch norm is to run in integers on its own: it folds nowhere, and is read in integers."""
+        before = norm.inputs[0] if norm.inputs else None
+        follows_layer = before is not None and self._role(before) == "weighted" and self._only_user(before, "norm")
+        return (
+            before is not None
+            and norm.target.running_mean is not None
+            and not follows_layer
+            and self._chain_is_wanted(norm)
+        )
 
     def _chain_end(self, operation: Operation) -> Operation:
         """Follow what runtimes fuse into ``operation``: a batch norm after a layer, then a clipping activation."""
@@ -360,17 +248,49 @@ class _Placer:
         if self._role(root) != "scalar":
             self._mark(root)
 
+    def _require_operand(self, operation: Operation) -> None:
+        """Require an operand of a matrix product: rounded as late as possible, so that it has a grid of its own."""
+        value = operation
+        while self._role(value) == "transparent" and value.inputs and id(value) not in self.quantized:
+            value = value.inputs[0]
+        if id(value) not in self.quantized and self._role(value) != "scalar":
+            self._mark(operation)
+
     def _mark(self, operation: Operation) -> None:
         self.quantized[id(operation)] = operation
+
+    def _edges(self) -> set[str]:
+        """Return the names of the first and the last layers: no other layer lies before or after them."""
+        weighted = [operation for operation in self.operations if self._role(operation) == "weighted"]
+        after: set[int] = set()
+        first = set()
+        for operation in self.operations:
+            is_after = any(id(value) in after for value in operation.inputs)
+            if self._role(operation) == "weighted":
+                first |= set() if is_after else {self.names[_weight_key(operation)]}
+                is_after = True
+            if is_after:
+                after.add(id(operation))
+        before: set[int] = set()
+        last = set()
+        for operation in reversed(self.operations):
+            is_before = any(id(user) in before for user in operation.users)
+            if self._role(operation) == "weighted":
+                last |= set() if is_before else {self.names[_weight_key(operation)]}
+                is_before = True
+            if is_before:
+                before.add(id(operation))
+        return first | last if len(weighted) > 1 else set()
 
     def _name(self) -> Placement:
         placement = Placement()
         names = self._shared_names()
         escaping = {operation.node for operation in self.quantized.values() if self._escapes(operation)}
-        for operation in self.quantized.values():
+        for operation in self.operations:
+            if id(operation) not in self.quantized:
+                continue
             name = names[_place_name(operation)]
-            bits = 8 if self._is_edge(operation) else self.activation_bits
-            placement.bits[name] = max(bits, placement.bits.get(name, 0))
+            placement.bits[name] = max(self._bits(operation), placement.bits.get(name, 0))
             clamp = clamp_bounds(operation) or NO_CLAMP
             if operation.node is not None:
                 placement.nodes[operation.node] = Place(name, clamp, operation.node in escaping)
@@ -378,23 +298,45 @@ class _Placer:
                 placement.layer_inputs[id(operation.users[0].target)] = Place(name)
             else:
                 placement.layer_outputs[id(operation.target)] = Place(name)
-        placement.weighted = {id(op.target) for op in self.operations if self._role(op) == "weighted"}
-        placement.layer_grids = self._layer_grids(names)
-        placement.folds = self._folds(placement)
+        for operation in self.attentions:
+            assert operation.node is not None
+            spots = {operand: Place(f"{_place_name(operation)}.{operand}") for operand in ATTENTION_OPERANDS}
+            placement.attentions[operation.node] = spots
+            placement.bits |= {spot.quantizer: self.scheme.activation_bits for spot in spots.values()}
+        self._name_weights(placement, names)
         placement.rows = [
             self._row(operation, placement, names)
             for operation in self.operations
-            if self._role(operation) not in ("source", "scalar")
+            if self._role(operation) not in ("source", "scalar") and not operation.is_constant
         ]
         return placement
 
-    def _layer_grids(self, names: dict[str, str]) -> dict[int, str]:
-        found: dict[int, set[str]] = {}
+    def _bits(self, operation: Operation) -> int:
+        """Return the bits of a value: the most that a layer asks for that reads it; 8 at the edge of the model."""
+        if self._is_edge(operation):
+            return 8
+        asked = [
+            self.settings[self.names[_weight_key(user)]].activation_bits
+            for value in self._same_values(operation)
+            for user in value.users
+            if self._role(user) == "weighted" and user.inputs[0] is value
+        ]
+        return max(asked, default=self.scheme.activation_bits)
+
+    def _name_weights(self, placement: Placement, names: dict[str, str]) -> None:
+        norms = self._folds(placement)
+        grids: dict[WeightKey, set[str]] = {}
         for operation in self.operations:
+            root = names.get(_place_name(self._root(operation.inputs[0])), "") if operation.inputs else ""
             if self._role(operation) == "weighted":
-                root = _place_name(self._root(operation.inputs[0]))
-                found.setdefault(id(operation.target), set()).add(names.get(root, ""))
-        return {layer: min(grids) for layer, grids in found.items() if len(grids) == 1 and "" not in grids}
+                grids.setdefault(_weight_key(operation), set()).add(root)
+            elif self._role(operation) == "norm" and self._is_scale(operation):
+                found = placement.norms.setdefault(id(operation.target), root)
+                placement.norms[id(operation.target)] = root if found == root else ""
+        for key, found_grids in grids.items():
+            name = self.names[key]
+            grid = min(found_grids) if len(found_grids) == 1 and "" not in found_grids else None
+            placement.weights[key] = WeightPlace(name, self.settings[name].weight_bits, norms.get(key), grid)
 
     def _shared_names(self) -> dict[str, str]:
         """Map the name of every place to the name of its quantizer: concatenated values share one."""
@@ -430,10 +372,10 @@ class _Placer:
             yield value
             pending += [user for user in value.users if self._role(user) == "transparent"]
 
-    def _folds(self, placement: Placement) -> dict[int, nn.Module]:
+    def _folds(self, placement: Placement) -> dict[WeightKey, nn.Module]:
         """Find the batch norms that fold: always after one and the same layer, nothing rounded in between."""
-        norms: dict[int, set[int]] = {}
-        layers: dict[int, set[int]] = {}
+        norms: dict[WeightKey, set[int]] = {}
+        layers: dict[int, set[WeightKey]] = {}
         modules: dict[int, nn.Module] = {}
         for operation in self.operations:
             kind = self._role(operation)
@@ -445,13 +387,14 @@ class _Placer:
                     and self._role(before) == "weighted"
                     and self._only_user(before, "norm")
                     and before.node not in placement.nodes
+                    and _scales_by_output_channel(before)
                 )
-                layer = id(before.target) if fits and before is not None else -1
+                layer = _weight_key(before) if fits and before is not None else -1
                 layers.setdefault(id(operation.target), set()).add(layer)
                 modules[id(operation.target)] = operation.target
             elif kind == "weighted":
                 norm = id(operation.users[0].target) if self._only_user(operation, "norm") else -1
-                norms.setdefault(id(operation.target), set()).add(norm)
+                norms.setdefault(_weight_key(operation), set()).add(norm)
         return {
             layer: modules[norm]
             for layer, found in norms.items()
@@ -461,14 +404,16 @@ class _Placer:
 
     def _row(self, operation: Operation, placement: Placement, names: dict[str, str]) -> PlacementRow:
         kind = self._role(operation)
-        end = self._chain_end(operation)
-        quantizer = names.get(_place_name(end), "")
+        quantizer = names.get(_place_name(self._chain_end(operation)), "")
         described = type(operation.target).__name__ if operation.kind == "module" else _spell(operation.target)
-        reason = ""
-        if kind == "norm":
-            is_integer = any(norm is operation.target for norm in placement.folds.values())
+        bits = placement.weights[_weight_key(operation)].bits if kind == "weighted" else None
+        is_integer, reason = bool(quantizer), "" if quantizer else "what reads it is in float"
+        if kind == "weighted" or kind in ("product", "attention"):
+            is_integer, reason = True, "" if quantizer else "its result is read in float"
+        elif kind == "norm":
             end = operation.users[0] if self._only_user(operation, "clamp") else operation
             quantizer = names.get(_place_name(end), "")
+            is_integer = id(operation.target) in placement.folded or id(operation.target) in placement.norms
             reason = "" if is_integer else "no convolution or linear layer of its own before it to fold into"
         elif kind == "transparent":
             quantizer = names.get(_place_name(self._root(operation)), "")
@@ -476,11 +421,50 @@ class _Placer:
             reason = "" if is_integer else "what it reads is in float"
         elif kind == "float":
             is_integer = False
-            reason = "excluded" if id(operation.target) in self.excluded else "no integer form"
-        else:
-            is_integer = bool(quantizer)
-            reason = "" if is_integer else "what reads it is in float"
-        return PlacementRow(operation.name, described, is_integer, quantizer, reason)
+            is_excluded = _has_weight(operation) and _weight_key(operation) in self.excluded
+            reason = "excluded" if is_excluded else "no integer form"
+        return PlacementRow(operation.name, described, is_integer, quantizer, reason, bits)
+
+
+def weight_names(program: Program) -> dict[WeightKey, str]:
+    """Return the names of all layers, and of all functions called on parameters, that a program runs.
+
+    Args:
+        program: The traced model.
+
+    Returns:
+        Names by what holds the weight.
+
+    Example:
+        >>> from lightning_compress.graph import trace_program
+        >>> list(weight_names(trace_program(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))).values())
+        ['0']
+    """
+    return {
+        _weight_key(operation): operation.path if operation.kind == "module" else _place_name(operation)
+        for operation in program.operations
+        if _has_weight(operation)
+    }
+
+
+def _has_weight(operation: Operation) -> bool:
+    if operation.kind == "module":
+        return isinstance(operation.target, QUANTIZABLE_LAYERS)
+    return operation.kind == "function" and operation.target in WEIGHTED_FUNCTIONS and has_own_weight(operation)
+
+
+def _weight_key(operation: Operation) -> WeightKey:
+    if operation.kind == "module":
+        return id(operation.target)
+    assert operation.node is not None
+    return operation.node
+
+
+def _scales_by_output_channel(operation: Operation) -> bool:
+    """Tell whether a weight has one scale for each output channel: a grouped transposed one shares them."""
+    if isinstance(operation.target, TRANSPOSED_LAYERS):
+        return operation.target.groups == 1
+    return operation.kind == "module" or operation.target not in TRANSPOSED_FUNCTIONS
 
 
 def _place_name(operation: Operation) -> str:

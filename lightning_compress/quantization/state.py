@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.graph import CallKey, Program, trace_program
-from lightning_compress.quantization.placement import QUANTIZABLE_LAYERS, Placement, PlacementRow, place
+from lightning_compress.quantization.layers import FoldedNormForward, QuantizedLayerForward, ScaledNormForward
+from lightning_compress.quantization.placement import Placement, PlacementRow, place
 from lightning_compress.quantization.ranges import ActivationRanges
-from lightning_compress.quantization.rewrite import (
-    FoldedNormForward,
-    QuantizedLayerForward,
-    RewrittenForward,
-    rewrite,
-)
-from lightning_compress.selection import match_names
+from lightning_compress.quantization.rewrite import RewrittenForward, rewrite
+from lightning_compress.quantization.roles import QUANTIZABLE_LAYERS
+from lightning_compress.quantization.scheme import Scheme
+from lightning_compress.quantization.weights import WeightQuantizer
+
+OUR_FORWARDS = (RewrittenForward, QuantizedLayerForward, FoldedNormForward, ScaledNormForward)
+"""The forwards that we set on modules."""
 
 
 class Quantization:
@@ -26,35 +27,25 @@ class Quantization:
 
     Args:
         model: The model whose forwards are rewritten.
-        weight_bits: Bits of weights, 2 to 8.
-        activation_bits: Bits of activations, 2 to 8; inputs and results of the model keep 8.
-        exclude: Patterns of layer names that stay in float.
+        scheme: Bits, and what stays in float.
         momentum: Weight of the newest observation in the moving average of the ranges.
 
     Attributes:
         is_quantizing: Whether weights and activations are rounded.
         is_observing: Whether ranges are observed.
         ranges: The range of every quantizer.
+        weights: What rounds each weight, by the name of its layer.
         rows: What becomes of every operation.
         recorded: A list that takes the name and value of everything that is rounded, or None.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        weight_bits: int = 8,
-        activation_bits: int = 8,
-        exclude: Sequence[str] = (),
-        momentum: float = 0.1,
-    ) -> None:
+    def __init__(self, model: nn.Module, scheme: Scheme, *, momentum: float = 0.1) -> None:
         self.model = model
-        self.weight_bits = weight_bits
-        self.activation_bits = activation_bits
-        self.exclude = tuple(exclude)
+        self.scheme = scheme
         self.is_quantizing = False
         self.is_observing = False
         self.ranges = ActivationRanges(momentum)
+        self.weights: dict[str, WeightQuantizer] = {}
         self.rows: list[PlacementRow] = []
         self.untraceable: dict[str, str] = {}
         self.recorded: list[tuple[str, Tensor]] | None = None
@@ -64,9 +55,8 @@ class Quantization:
     def analyse(self) -> tuple[Program, Placement]:
         """Trace the model as it stands and place its quantizers; the same settings always give the same places."""
         program = trace_program(self.model, self._calls)
-        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, QUANTIZABLE_LAYERS)}
-        excluded = {id(layers[name]) for name in match_names(layers, self.exclude, "exclude")}
-        return program, place(program, self.activation_bits, excluded)
+        layers = [name for name, module in self.model.named_modules() if isinstance(module, QUANTIZABLE_LAYERS)]
+        return program, place(program, self.scheme, layers)
 
     def add_call(self, path: str, key: CallKey) -> None:
         """Take in one more way in which the module at ``path`` is called."""
@@ -83,11 +73,7 @@ class Quantization:
     @property
     def layer_bits(self) -> dict[str, int]:
         """Bits of the weights of every quantized layer, by name."""
-        return {
-            name: self.weight_bits
-            for name, module in self.model.named_modules()
-            if isinstance(vars(module).get("forward"), QuantizedLayerForward)
-        }
+        return {name: quantizer.bits for name, quantizer in self.weights.items()}
 
     def unreached_layers(self) -> list[str]:
         """Return the names of the quantized layers whose input was never observed."""
@@ -96,16 +82,14 @@ class Quantization:
             name
             for name, forward in forwards.items()
             if isinstance(forward, QuantizedLayerForward)
-            and forward.input_index is not None
-            and not self.ranges.is_seen(forward.input_index)
+            and forward.weight.input_index is not None
+            and not self.ranges.is_seen(forward.weight.input_index)
         ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return settings, phase and ranges as plain types and CPU tensors."""
         return {
-            "weight_bits": self.weight_bits,
-            "activation_bits": self.activation_bits,
-            "exclude": list(self.exclude),
+            "scheme": self.scheme.as_dict(),
             "is_quantizing": self.is_quantizing,
             "calls": [[path, [list(item) for item in key]] for path, key in self._calls],
             "ranges": self.ranges.state_dict(),
@@ -117,11 +101,11 @@ class Quantization:
         Raises:
             CompressionError: If it was written with other bits or for another architecture.
         """
-        for setting in ("weight_bits", "activation_bits"):
-            if state[setting] != getattr(self, setting):
+        for setting, ours in self.scheme.as_dict().items():
+            if state["scheme"].get(setting) != ours:
                 raise CompressionError(
-                    f"The checkpoint was written with {setting}={state[setting]}, this run has "
-                    f"{setting}={getattr(self, setting)}. Use the same setting to go on with it."
+                    f"The checkpoint was written with {setting}={state['scheme'].get(setting)}, this run has "
+                    f"{setting}={ours}. Use the same setting to go on with it."
                 )
         for path, items in state["calls"]:
             self.add_call(path, tuple((name, value) for name, value in items))
@@ -129,28 +113,7 @@ class Quantization:
         self.ranges.load_state_dict(state["ranges"])
 
 
-def check_bits(name: str, bits: int) -> None:
-    """Check that ``bits`` is an int from 2 to 8.
-
-    Raises:
-        TypeError: If it is no int.
-        ValueError: If it is out of range.
-
-    Example:
-        >>> check_bits("weight_bits", 16)
-        Traceback (most recent call last):
-        ...
-        ValueError: `weight_bits` must be from 2 to 8, got 16.
-    """
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(f"`{name}` must be an int from 2 to 8, got {bits!r}.")
-    if not 2 <= bits <= 8:
-        raise ValueError(f"`{name}` must be from 2 to 8, got {bits}.")
-
-
-def prepare(
-    model: nn.Module, *, weight_bits: int = 8, activation_bits: int = 8, exclude: Sequence[str] = ()
-) -> Quantization:
+def prepare(model: nn.Module, scheme: Scheme | None = None, **settings: Any) -> Quantization:
     """Rewrite the forwards of ``model`` for quantization-aware training; until it is switched on nothing changes.
 
     Weights are rounded to symmetric integers per output channel, activations to affine integers per tensor, whose
@@ -159,9 +122,8 @@ def prepare(
 
     Args:
         model: Any module.
-        weight_bits: Bits of weights, 2 to 8.
-        activation_bits: Bits of activations, 2 to 8; inputs and results of the model keep 8.
-        exclude: Patterns of layer names that stay in float.
+        scheme: How it is quantized; by default int8 everywhere.
+        settings: Arguments of a `Scheme` instead, such as ``weight_bits=4``.
 
     Returns:
         The quantization; its ``is_observing`` and ``is_quantizing`` are the switches.
@@ -178,12 +140,11 @@ def prepare(
         >>> net(torch.rand(2, 1, 4, 4)).shape, sorted(net.state_dict())[:2]
         (torch.Size([2, 2]), ['0.bias', '0.weight'])
     """
-    check_bits("weight_bits", weight_bits)
-    check_bits("activation_bits", activation_bits)
+    scheme = scheme or Scheme(**settings)
     if quantization_of(model) is not None:
         raise CompressionError("The model is prepared for quantization already. Use `strip(model)` to undo that first.")
     check_finite_weights(model)
-    quantization = Quantization(model, weight_bits=weight_bits, activation_bits=activation_bits, exclude=exclude)
+    quantization = Quantization(model, scheme)
     if not quantization.layer_bits:
         strip(model)
         raise ValueError(
@@ -223,7 +184,7 @@ def strip(model: nn.Module) -> nn.Module:
         False
     """
     for module in model.modules():
-        if isinstance(vars(module).get("forward"), RewrittenForward | QuantizedLayerForward | FoldedNormForward):
+        if isinstance(vars(module).get("forward"), OUR_FORWARDS):
             del vars(module)["forward"]
     return model
 

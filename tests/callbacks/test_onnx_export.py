@@ -62,7 +62,7 @@ def test_a_run_leaves_a_file_a_report_and_a_picture(tmp_path: Path, capsys: pyte
     assert metric.onnxruntime == pytest.approx(metric.after, abs=1 / 40)
     assert metric.before is not None
     assert report.float_ops == {}
-    assert report.integer_ops == {"conv": 2, "add": 1, "gemm": 1}
+    assert report.integer_ops == {"conv": 2, "add": 1, "pool": 1, "gemm": 1}
     assert "Unstructured zeros do not speed up ONNX Runtime" in report.to_text()
 
 

@@ -18,8 +18,9 @@ COUNTS = {
     "separable": {"conv": (3, 3), "pool": (1, 1), "gemm": (1, 1)},
     "one_dimensional": {"conv": (2, 2), "gemm": (1, 1)},
     "residual": {"conv": (3, 3), "add": (2, 2), "pool": (1, 1), "gemm": (1, 1)},
-    "pre_activation": {"conv": (2, 2), "add": (1, 1), "gemm": (1, 1)},
-    "concatenated": {"conv": (3, 3), "concat": (1, 1)},
+    # A batch norm on its own is a convolution, a mean over rows and columns a pooling.
+    "pre_activation": {"conv": (3, 3), "add": (1, 1), "pool": (1, 1), "gemm": (1, 1)},
+    "concatenated": {"conv": (3, 3), "concat": (1, 1), "pool": (1, 1)},
     "shuffled": {"conv": (2, 2), "concat": (1, 1), "gemm": (1, 1)},
 }
 

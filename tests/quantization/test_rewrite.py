@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_compress.quantization import prepare, quantization_of, strip
-from lightning_compress.quantization import rewrite as rewrite_module
+from lightning_compress.quantization import sites as sites_module
 from lightning_compress.quantization.affine import fake_quantize, fake_quantize_, fake_quantize_weight
 from lightning_compress.quantization.batchnorm import freeze_batchnorm_
 from tests.small_networks import NETWORKS, PreActivation, Residual, images, quantized, warmed
@@ -147,7 +147,7 @@ def test_rounding_in_place_changes_no_gradient(name: str, monkeypatch: pytest.Mo
     model.train()
     found = gradients(model, images())
     in_place = fake_quantize_
-    monkeypatch.setattr(rewrite_module, "fake_quantize_", lambda x, grid, clamp: in_place(x * 1.0, grid, clamp))
+    monkeypatch.setattr(sites_module, "fake_quantize_", lambda x, grid, clamp: in_place(x * 1.0, grid, clamp))
     assert_equal(found, gradients(model, images()))
 
 

@@ -15,7 +15,8 @@ from tests.small_networks import Residual, images, plain, quantized, warmed
 
 
 def test_bits_of_every_layer_by_name() -> None:
-    assert prepare(plain(), weight_bits=4).layer_bits == {"0": 4, "5": 4}
+    assert prepare(plain(), weight_bits=4, edge_bits=4).layer_bits == {"0": 4, "5": 4}
+    assert prepare(plain(), weight_bits=4).layer_bits == {"0": 8, "5": 8}
     assert prepare(Residual(), exclude=["conv*"]).layer_bits == {"fc": 8}
 
 
@@ -23,7 +24,7 @@ def test_bits_of_every_layer_by_name() -> None:
 def test_weights_and_inner_activations_take_as_many_values_as_they_have_bits(bits: int) -> None:
     torch.manual_seed(0)
     model = warmed(plain())
-    quantization = quantized(model, weight_bits=bits, activation_bits=bits)
+    quantization = quantized(model, weight_bits=bits, activation_bits=bits, edge_bits=2)
     quantization.recorded = []
     model(images(64))
     recorded = dict(quantization.recorded)

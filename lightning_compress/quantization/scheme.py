@@ -1,0 +1,112 @@
+"""The scheme of a quantization: how many bits which layer gets, and what stays in float."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_compress.selection import match_names
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """Bits of one layer.
+
+    Attributes:
+        weight_bits: Bits of its weight, 2 to 8.
+        activation_bits: Bits of the value it reads, 2 to 8; where several layers read a value, the most of them.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a model is quantized.
+
+    Args:
+        weight_bits: Bits of weights, 2 to 8.
+        activation_bits: Bits of activations, 2 to 8; inputs and results of the model keep 8.
+        exclude: Patterns of layer names that stay in float.
+        overrides: Settings other than these by pattern of layer names, such as ``{"head": {"weight_bits": 8}}``; where
+            several patterns match, the last one wins.
+        edge_bits: Bits at least of the first and the last layers, for weights and for what they read.
+
+    Raises:
+        ValueError: If bits are out of range, or an override has a setting that is none.
+        TypeError: If bits are no ints.
+
+    Example:
+        >>> scheme = Scheme(weight_bits=4, activation_bits=4, overrides={"head": {"weight_bits": 6}})
+        >>> scheme.settings(["stem", "body", "head"], edges={"stem"})["head"]
+        LayerSettings(weight_bits=6, activation_bits=4)
+        >>> scheme.settings(["stem", "body", "head"], edges={"stem"})["stem"]
+        LayerSettings(weight_bits=8, activation_bits=8)
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    exclude: Sequence[str] = ()
+    overrides: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    edge_bits: int = 8
+
+    def __post_init__(self) -> None:
+        check_bits("weight_bits", self.weight_bits)
+        check_bits("activation_bits", self.activation_bits)
+        check_bits("edge_bits", self.edge_bits)
+        for pattern, settings in self.overrides.items():
+            for name, bits in settings.items():
+                if name not in ("weight_bits", "activation_bits"):
+                    raise ValueError(
+                        f"`overrides` for {pattern!r} has the setting {name!r}; a layer has `weight_bits` and "
+                        "`activation_bits`."
+                    )
+                check_bits(f"overrides[{pattern!r}][{name!r}]", bits)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain types, for a checkpoint."""
+        overrides = {pattern: dict(settings) for pattern, settings in self.overrides.items()}
+        return {**vars(self), "exclude": list(self.exclude), "overrides": overrides}
+
+    def settings(self, names: Sequence[str], edges: Collection[str]) -> dict[str, LayerSettings]:
+        """Return the settings of every layer.
+
+        Args:
+            names: Names of the layers.
+            edges: Names of the first and the last ones.
+
+        Raises:
+            ValueError: If a pattern of ``overrides`` matches no layer.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for name in names:
+            least = self.edge_bits if name in edges else 2
+            found[name] = {
+                "weight_bits": max(self.weight_bits, least),
+                "activation_bits": max(self.activation_bits, least),
+            }
+        for pattern, settings in self.overrides.items():
+            for name in match_names(names, [pattern], "overrides"):
+                found[name].update(settings)
+        return {name: LayerSettings(**settings) for name, settings in found.items()}
+
+
+def check_bits(name: str, bits: int) -> None:
+    """Check that ``bits`` is an int from 2 to 8.
+
+    Raises:
+        TypeError: If it is no int.
+        ValueError: If it is out of range.
+
+    Example:
+        >>> check_bits("weight_bits", 16)
+        Traceback (most recent call last):
+        ...
+        ValueError: `weight_bits` must be from 2 to 8, got 16.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(f"`{name}` must be an int from 2 to 8, got {bits!r}.")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"`{name}` must be from 2 to 8, got {bits}.")

@@ -1,0 +1,140 @@
+"""Sites: the places in a forward where values are rounded, and the attention between four of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_compress.graph import attention
+from lightning_compress.quantization.affine import NO_CLAMP, fake_quantize, fake_quantize_
+
+if TYPE_CHECKING:
+    from lightning_compress.quantization.state import Quantization
+
+
+class QuantizerSite:
+    """One place in a forward where a value is rounded.
+
+    Args:
+        state: The state of the whole model.
+        index: Index of the quantizer among the state's ranges.
+        clamp: Bounds of the activation that the rounding takes over.
+        in_place: Whether the value's own memory may be overwritten.
+        producer: The layer whose result the value is, if any: forward hooks on it may have kept it.
+        activation: The module that the rounding takes over, if any: it is called where hooks wait for it.
+    """
+
+    def __init__(
+        self,
+        state: Quantization,
+        index: int,
+        clamp: tuple[float, float],
+        in_place: bool,
+        producer: nn.Module | None = None,
+        activation: nn.Module | None = None,
+    ) -> None:
+        self.state = state
+        self.index = index
+        self.clamp = clamp
+        self.in_place = in_place
+        self.producer = producer
+        self.activation = activation
+
+    def __call__(self, x: Any) -> Any:
+        """Round ``x``, or only watch it before quantization starts; what is no floating-point tensor passes through."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        state = self.state
+        if self.activation is not None and has_hooks(self.activation):
+            x = self.activation(x)
+        if state.is_observing:
+            self._observe(x)
+        if not state.is_quantizing:
+            return x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
+            rounded = self._round_with_tensors(x)
+        else:
+            rounded = self._round(x)
+        if state.recorded is not None:
+            state.recorded.append((state.ranges.names[self.index], rounded.detach()))
+        return rounded
+
+    def _observe(self, x: Tensor) -> None:
+        minimum, maximum = torch.aminmax(x.detach())
+        self.state.ranges.observe(self.index, minimum.clamp(*self.clamp), maximum.clamp(*self.clamp))
+
+    def _round(self, x: Tensor) -> Tensor:
+        ranges = self.state.ranges
+        grid = ranges.grid(self.index)
+        if grid is None:
+            if not self.state.is_observing:
+                return x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
+            minimum, maximum = torch.aminmax(x.detach())
+            grid = ranges.start_from(self.index, minimum.clamp(*self.clamp), maximum.clamp(*self.clamp))
+        # Reading the gradient's mask off the result is only fair where few values lie on a bound: at 8 bits.
+        if self._may_overwrite(x) and grid.bits == 8:
+            return fake_quantize_(x, grid, self.clamp)
+        return fake_quantize(x, grid, self.clamp)
+
+    def _may_overwrite(self, x: Tensor) -> bool:
+        is_kept = any(module is not None and has_hooks(module) for module in (self.producer, self.activation))
+        return self.in_place and not is_kept and x.dtype == torch.float32 and not (x.is_leaf and x.requires_grad)
+
+    def _round_with_tensors(self, x: Tensor) -> Tensor:
+        ranges = self.state.ranges
+        if not ranges.is_seen(self.index) and not self.state.is_observing:
+            return x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
+        clamped = x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
+        if not ranges.is_seen(self.index):
+            minimum, maximum = torch.aminmax(clamped.detach())
+            ranges.start_from(self.index, minimum, maximum)
+            grid = ranges.grid(self.index)
+            return clamped if grid is None else fake_quantize(clamped, grid)
+        scale, zero_point = ranges.parameters(self.index)
+        largest = 2 ** ranges.bits[self.index] - 1
+        rounded = torch.fake_quantize_per_tensor_affine(
+            clamped.float(), scale.to(x.device), zero_point.to(x.device), 0, largest
+        )
+        return rounded.to(x.dtype)
+
+
+class AttentionSites:
+    """`torch.nn.functional.scaled_dot_product_attention` with the operands of both matrix products rounded.
+
+    Args:
+        state: The state of the whole model.
+        sites: The sites of ``query``, ``key``, ``probabilities`` and ``value``.
+    """
+
+    def __init__(self, state: Quantization, sites: dict[str, QuantizerSite]) -> None:
+        self.state = state
+        self.sites = sites
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the attention; as torch does until quantization starts."""
+        if self.state.is_quantizing:
+            return attention(*args, **kwargs, on=self._round)
+        if self.state.is_observing:
+            with torch.no_grad():
+                attention(*args[:4], **{**_by_name(args), **kwargs, "dropout_p": 0.0}, on=self._round)
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
+    def _round(self, name: str, value: Tensor) -> Tensor:
+        return self.sites[name](value)  # type: ignore[no-any-return]
+
+
+def _by_name(args: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(("dropout_p", "is_causal"), args[4:], strict=False))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether forward hooks wait for ``module``.
+
+    Example:
+        >>> has_hooks(nn.ReLU())
+        False
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks)
