@@ -148,14 +148,15 @@ def normless_mlp() -> nn.Module:
 
 
 TWO = {"conv": (2, 2)}
+# A batch norm that follows no layer of its own counts as a convolution: one weight for each channel.
 EXAMPLES = {
     "batch norms": Example(
         lambda: blocks(nn.BatchNorm2d(8), nn.SyncBatchNorm(8), nn.BatchNorm2d(8, affine=False)), IMAGE, {"conv": (4, 4)}
     ),
     "gammas near zero": Example(hard_gammas, IMAGE, TWO),
-    "batch norm first": Example(norm_first, IMAGE, TWO),
-    "pre-activation": Example(PreActivation, IMAGE, {"conv": (3, 3), "gemm": (1, 1)}),
-    "dense": Example(Dense, IMAGE, {"conv": (3, 3)}, {"concat": 2}),
+    "batch norm first": Example(norm_first, IMAGE, {"conv": (3, 3)}),
+    "pre-activation": Example(PreActivation, IMAGE, {"conv": (5, 5), "gemm": (1, 1)}),
+    "dense": Example(Dense, IMAGE, {"conv": (5, 5)}, {"concat": 2}),
     "batch norm over tokens": Example(NormOverTokens, random_values(5, 6), {"matmul": (2, 2)}),
     "norms of single samples": Example(
         lambda: blocks(nn.GroupNorm(4, 8), nn.InstanceNorm2d(8, affine=True), nn.LocalResponseNorm(2)),
