@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -99,10 +99,17 @@ class _Plan:
     weights: Mapping[str, WeightQuantizer]
     transparent: Collection[fx.Node | None]
     names: list[str] | None
+    pinned: set[str] = field(default_factory=set)
 
     def rounded(self, value: Any, place: Place | None) -> Any:
         """Return ``value`` quantized and dequantized at ``place``."""
-        return value if place is None else quantized(value, place, self.ranges, self.names)
+        if place is None:
+            return value
+        if place.is_constant and place.quantizer not in self.pinned:
+            # Its range is what it is now, after the last step of training.
+            self.ranges.pin(self.ranges.names.index(place.quantizer), value)
+            self.pinned.add(place.quantizer)
+        return quantized(value, place, self.ranges, self.names)
 
 
 class _LoweredForward:
@@ -201,9 +208,9 @@ class _IntegerWeight:
             self._settle(grid)
         suffix, buffers = self.suffixes[grid], self.owner._buffers
         weight = _dequantized(
-            buffers[f"{self.prefix}weight{suffix}"], buffers[f"{self.prefix}weight_scale{suffix}"], self.axis
+            buffers[f"{self.prefix}integer_weight{suffix}"], buffers[f"{self.prefix}weight_scale{suffix}"], self.axis
         )
-        bias, bias_scale = buffers[f"{self.prefix}bias{suffix}"], buffers[f"{self.prefix}bias_scale{suffix}"]
+        bias, bias_scale = buffers[f"{self.prefix}integer_bias{suffix}"], buffers[f"{self.prefix}bias_scale{suffix}"]
         return weight, bias if bias is None or bias_scale is None else _dequantized(bias, bias_scale)
 
     def _settle(self, grid: AffineGrid | None) -> None:
@@ -215,7 +222,12 @@ class _IntegerWeight:
             bias_scales = scales * grid.scale
             bias = (bias.double() / bias_scales.double()).round().clamp(-INT32_LIMIT, INT32_LIMIT).to(torch.int32)
         weight = integers.transpose(0, self.axis).contiguous()
-        constants = {"weight": weight, "weight_scale": scales, "bias": bias, "bias_scale": bias_scales}
+        constants = {
+            "integer_weight": weight,
+            "weight_scale": scales,
+            "integer_bias": bias,
+            "bias_scale": bias_scales,
+        }
         for name, constant in constants.items():
             self.owner.register_buffer(f"{self.prefix}{name}{suffix}", constant)
 
@@ -232,15 +244,27 @@ class _LoweredLayer:
         weight, bias = owner.weight, owner.bias
         assert isinstance(weight, Tensor)
         assert bias is None or isinstance(bias, Tensor)
+        # The float weight stays: code around the layer may read it. What is not read is not exported.
         self.weight = _IntegerWeight(owner, plan, id(owner), "", weight, bias)
-        for name in ("weight", "bias"):
-            owner._parameters.pop(name, None)
         self.__signature__ = inspect.signature(type(owner).forward)
 
     def __call__(self, input: Tensor, *rest: Any) -> Tensor:
         x = self.plan.rounded(input, self.before)
-        result = layer_result(self.owner, x, *self.weight.parameters(x), *rest)
+        mode = getattr(self.owner, "padding_mode", "zeros")
+        weight, bias = self.weight.parameters(x)
+        if mode == "zeros":
+            result = layer_result(self.owner, x, weight, bias, *rest)
+        else:
+            result = self._padded_result(x, weight, bias, str(mode))
         return self.plan.rounded(result, self.after)  # type: ignore[no-any-return]
+
+    def _padded_result(self, x: Tensor, weight: Tensor, bias: Tensor | None, mode: str) -> Tensor:
+        """Pad with values of the input itself, which lie on its grid, and say the grid again."""
+        layer: Any = self.owner
+        padded = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode)
+        padded = _on_grid(padded, grid_of(x), "padded", self.plan.names)
+        convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[weight.dim() - 3]
+        return convolve(padded, weight, bias, layer.stride, 0, layer.dilation, layer.groups)
 
 
 class _LoweredNorm:

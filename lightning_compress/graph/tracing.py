@@ -279,7 +279,7 @@ class _Attributes:
                 own[name] = self.values[name]
         for name, entries in self.entries.items():
             if not _holds_the_same(own[name], entries):
-                changed.append(name)
+                changed.append(_changed_entry(own[name], entries) if name == "_buffers" else name)
                 own[name].clear()
                 if isinstance(entries, dict):
                     own[name].update(entries)
@@ -291,6 +291,10 @@ class _Attributes:
                 with torch.no_grad():
                     buffer.copy_(value)
         return changed[0] if changed else None
+
+
+def _changed_entry(container: dict[str, Any], entries: dict[str, Any]) -> str:
+    return next(name for name in {**entries, **container} if container.get(name) is not entries.get(name))
 
 
 def _holds_the_same(container: Any, entries: Any) -> bool:
@@ -388,6 +392,9 @@ def _functionalize_(graph: fx.Graph, module: nn.Module) -> None:
 
 class _ShallowTracer(fx.Tracer):
     """Traces one forward: every child is a leaf, and constants of the call stay constants."""
+
+    proxy_buffer_attributes = True
+    """What a forward computes from buffers is part of its graph."""
 
     def __init__(self, forward: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
         super().__init__()

@@ -45,11 +45,13 @@ class Place:
         quantizer: Name of the quantizer that rounds it.
         clamp: Bounds of the activation that the rounding takes over.
         escapes: Whether code without a graph gets the value: it may overwrite it.
+        is_constant: Whether the value comes from parameters and buffers alone: its range is its own, not an average.
     """
 
     quantizer: str
     clamp: tuple[float, float] = NO_CLAMP
     escapes: bool = False
+    is_constant: bool = False
 
 
 @dataclass(frozen=True)
@@ -286,6 +288,7 @@ class _Placer:
         placement = Placement()
         names = self._shared_names()
         escaping = {operation.node for operation in self.quantized.values() if self._escapes(operation)}
+        varying = {names[_place_name(operation)] for operation in self.quantized.values() if not operation.is_constant}
         for operation in self.operations:
             if id(operation) not in self.quantized:
                 continue
@@ -293,7 +296,8 @@ class _Placer:
             placement.bits[name] = max(self._bits(operation), placement.bits.get(name, 0))
             clamp = clamp_bounds(operation) or NO_CLAMP
             if operation.node is not None:
-                placement.nodes[operation.node] = Place(name, clamp, operation.node in escaping)
+                is_constant = operation.is_constant and name not in varying
+                placement.nodes[operation.node] = Place(name, clamp, operation.node in escaping, is_constant)
             elif operation.kind == "input":
                 placement.layer_inputs[id(operation.users[0].target)] = Place(name)
             else:
@@ -449,7 +453,7 @@ def weight_names(program: Program) -> dict[WeightKey, str]:
 
 def _has_weight(operation: Operation) -> bool:
     if operation.kind == "module":
-        return isinstance(operation.target, QUANTIZABLE_LAYERS)
+        return isinstance(operation.target, QUANTIZABLE_LAYERS) and is_operator(operation.target)
     return operation.kind == "function" and operation.target in WEIGHTED_FUNCTIONS and has_own_weight(operation)
 
 

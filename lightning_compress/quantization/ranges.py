@@ -69,6 +69,13 @@ class ActivationRanges:
         """Note the least and greatest value (0-d tensors) that quantizer ``index`` met; `update` takes them in."""
         self._pending.append((index, minimum.detach().float(), maximum.detach().float()))
 
+    def pin(self, index: int, value: Tensor) -> None:
+        """Let quantizer ``index`` cover just ``value``, a parameter or buffer, whatever it covered before."""
+        minimum, maximum = torch.aminmax(value.detach().float())
+        self.minimum[index], self.maximum[index] = minimum, maximum
+        self._parameters = None
+        self._grids[index] = self._grid_over(index, minimum, maximum)
+
     def update(self) -> None:
         """Move the averages by what was observed since the last update; across all processes where there are several.
 
@@ -103,11 +110,14 @@ class ActivationRanges:
 
     def start_from(self, index: int, minimum: Tensor, maximum: Tensor) -> AffineGrid:
         """Give quantizer ``index``, which has seen nothing yet, a grid for this step from a first value's range."""
+        grid = self._grids[index] = self._grid_over(index, minimum.detach(), maximum.detach())
+        return grid
+
+    def _grid_over(self, index: int, minimum: Tensor, maximum: Tensor) -> AffineGrid:
         if not (torch.isfinite(minimum) and torch.isfinite(maximum)):
             raise _not_finite(self.names[index])
         largest = torch.tensor([float(2 ** self.bits[index] - 1)], device=minimum.device)
-        scale, zero_point = affine_parameters(minimum.detach().view(1), maximum.detach().view(1), largest)
-        self._grids[index] = AffineGrid(scale.item(), int(zero_point.item()), self.bits[index])
+        scale, zero_point = affine_parameters(minimum.view(1), maximum.view(1), largest)
         return AffineGrid(scale.item(), int(zero_point.item()), self.bits[index])
 
     def parameters(self, index: int) -> tuple[Tensor, Tensor]:

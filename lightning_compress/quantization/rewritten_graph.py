@@ -164,7 +164,7 @@ def _edited(
         producer = module.get_submodule(str(value.target)) if value.op == "call_module" else None
         takes_over_module = takes_over and node.op == "call_module"
         activation = module.get_submodule(str(node.target)) if takes_over_module else None
-        places.append(QuantizerSite(state, index, place.clamp, in_place, producer, activation))
+        places.append(QuantizerSite(state, index, place.clamp, in_place, producer, activation, place.is_constant))
     return copy
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from lightning_compress.graph import Operation
+from lightning_compress.graph import Operation, is_operator
 
 Role = Literal[
     "source",
@@ -78,7 +78,21 @@ _TRANSPARENT_MODULES = (
     nn.PixelShuffle,
     nn.PixelUnshuffle,
     nn.ChannelShuffle,
+    nn.ZeroPad1d,
+    nn.ZeroPad2d,
+    nn.ZeroPad3d,
+    nn.ReflectionPad1d,
+    nn.ReflectionPad2d,
+    nn.ReflectionPad3d,
+    nn.ReplicationPad1d,
+    nn.ReplicationPad2d,
+    nn.ReplicationPad3d,
+    nn.CircularPad1d,
+    nn.CircularPad2d,
+    nn.CircularPad3d,
+    nn.UpsamplingNearest2d,
 )
+_CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 _ARITHMETIC_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
     {
         operator.add,
@@ -124,6 +138,12 @@ _TRANSPARENT_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
         torch.max_pool1d,
         torch.max_pool2d,
         torch.max_pool3d,
+        torch.flip,
+        torch.roll,
+        torch.narrow,
+        torch.select,
+        torch.swapaxes,
+        torch.movedim,
     }
 )
 _TRANSPARENT_METHODS = frozenset(
@@ -140,6 +160,18 @@ _TRANSPARENT_METHODS = frozenset(
         "split",
         "unbind",
         "expand",
+        "expand_as",
+        "repeat",
+        "flip",
+        "roll",
+        "narrow",
+        "select",
+        "swapaxes",
+        "movedim",
+        "unflatten",
+        "view_as",
+        "reshape_as",
+        "t",
         "clone",
         "detach",
     }
@@ -184,29 +216,36 @@ def role(operation: Operation, excluded: Collection[int | fx.Node | None] = ()) 
         >>> [role(operation) for operation in trace_program(net).operations]
         ['source', 'weighted', 'norm', 'clamp', 'transparent', 'float']
     """
-    target = operation.target
     if operation.kind in ("input", "constant"):
         return "source"
     if operation.is_scalar:
         return "scalar"
     if operation.kind == "module":
-        if isinstance(target, QUANTIZABLE_LAYERS):
-            return "float" if id(target) in excluded else "weighted"
-        if isinstance(target, NORMS):
-            return "norm"
-        if isinstance(target, _POOLS):
-            return "arithmetic"
-        if isinstance(target, _TRANSPARENT_MODULES):
-            return "transparent"
+        return _module_role(operation, excluded)
     if clamp_bounds(operation) is not None:
         return "clamp"
     return _function_role(operation, excluded)
 
 
+def _module_role(operation: Operation, excluded: Collection[int | fx.Node | None]) -> Role:
+    target = operation.target
+    if not is_operator(target):
+        return "float"  # its own forward has no graph, whatever it inherits from
+    if isinstance(target, QUANTIZABLE_LAYERS):
+        return "float" if id(target) in excluded else "weighted"
+    if isinstance(target, NORMS):
+        return "float" if target.running_mean is None else "norm"
+    if isinstance(target, _POOLS):
+        return "arithmetic"
+    if isinstance(target, _TRANSPARENT_MODULES) or (isinstance(target, _CONSTANT_PADS) and target.value == 0):
+        return "transparent"
+    if isinstance(target, nn.Upsample) and target.mode == "nearest":
+        return "transparent"
+    return "float" if clamp_bounds(operation) is None else "clamp"
+
+
 def _function_role(operation: Operation, excluded: Collection[int | fx.Node | None]) -> Role:
     target = operation.target
-    if operation.kind == "module":
-        return "float"
     if target in WEIGHTED_FUNCTIONS:
         return "weighted" if has_own_weight(operation) and operation.node not in excluded else "float"
     if target is F.scaled_dot_product_attention:
@@ -215,6 +254,8 @@ def _function_role(operation: Operation, excluded: Collection[int | fx.Node | No
         return "product" if len(operation.inputs) == 2 else "float"
     if operation.node is not None and is_spatial_mean(operation.node):
         return "arithmetic"
+    if operation.node is not None and (_pads_with_own_values(operation.node) or _repeats_pixels(operation.node)):
+        return "transparent"
     if operation.kind == "method":
         found: Role = "arithmetic" if target in _ARITHMETIC_METHODS else "float"
         found = "transparent" if target in _TRANSPARENT_METHODS else found
@@ -235,6 +276,20 @@ def has_own_weight(operation: Operation) -> bool:
     if node is None or len(node.args) < 2 or not all(isinstance(value, fx.Node) for value in node.args[:2]):
         return False
     return operation.inputs[1].is_constant and not operation.inputs[0].is_constant
+
+
+def _pads_with_own_values(node: fx.Node) -> bool:
+    """Tell whether ``node`` pads with zeros, which lie on every grid, or with values that are there already."""
+    if node.target is not F.pad:
+        return False
+    named = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
+    return bool(named.get("mode", "constant") != "constant" or named.get("value") in (None, 0))
+
+
+def _repeats_pixels(node: fx.Node) -> bool:
+    if node.target is not F.interpolate:
+        return False
+    return bool(node.kwargs.get("mode", node.args[3] if len(node.args) > 3 else "nearest") == "nearest")
 
 
 def is_spatial_mean(node: fx.Node) -> bool:

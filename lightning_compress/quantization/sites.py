@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_compress.graph import attention
-from lightning_compress.quantization.affine import NO_CLAMP, fake_quantize, fake_quantize_
+from lightning_compress.quantization.affine import NO_CLAMP, affine_parameters, fake_quantize, fake_quantize_
 
 if TYPE_CHECKING:
     from lightning_compress.quantization.state import Quantization
@@ -25,6 +25,7 @@ class QuantizerSite:
         in_place: Whether the value's own memory may be overwritten.
         producer: The layer whose result the value is, if any: forward hooks on it may have kept it.
         activation: The module that the rounding takes over, if any: it is called where hooks wait for it.
+        is_constant: Whether the value comes from parameters and buffers alone: its range is its own, not an average.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class QuantizerSite:
         in_place: bool,
         producer: nn.Module | None = None,
         activation: nn.Module | None = None,
+        is_constant: bool = False,
     ) -> None:
         self.state = state
         self.index = index
@@ -42,6 +44,7 @@ class QuantizerSite:
         self.in_place = in_place
         self.producer = producer
         self.activation = activation
+        self.is_constant = is_constant
 
     def __call__(self, x: Any) -> Any:
         """Round ``x``, or only watch it before quantization starts; what is no floating-point tensor passes through."""
@@ -50,11 +53,13 @@ class QuantizerSite:
         state = self.state
         if self.activation is not None and has_hooks(self.activation):
             x = self.activation(x)
-        if state.is_observing:
+        if state.is_observing and not self.is_constant:
             self._observe(x)
         if not state.is_quantizing:
             return x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
-        if torch.compiler.is_compiling() or x.device.type != "cpu":
+        if self.is_constant:
+            rounded = self._round_constant(x)
+        elif torch.compiler.is_compiling() or x.device.type != "cpu":
             rounded = self._round_with_tensors(x)
         else:
             rounded = self._round(x)
@@ -78,6 +83,17 @@ class QuantizerSite:
         if self._may_overwrite(x) and grid.bits == 8:
             return fake_quantize_(x, grid, self.clamp)
         return fake_quantize(x, grid, self.clamp)
+
+    def _round_constant(self, x: Tensor) -> Tensor:
+        ranges = self.state.ranges
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            ranges.pin(self.index, x)
+            return self._round(x)
+        largest = torch.tensor([float(2 ** ranges.bits[self.index] - 1)], device=x.device)
+        minimum, maximum = torch.aminmax(x.detach())
+        scale, zero_point = affine_parameters(minimum.view(1), maximum.view(1), largest)
+        settings = (scale[0], zero_point[0].to(torch.int32), 0, 2 ** ranges.bits[self.index] - 1)
+        return torch.fake_quantize_per_tensor_affine(x.float(), *settings).to(x.dtype)
 
     def _may_overwrite(self, x: Tensor) -> bool:
         is_kept = any(module is not None and has_hooks(module) for module in (self.producer, self.activation))

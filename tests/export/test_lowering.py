@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.export import export_onnx
 from lightning_compress.export.lowering import grid_of, lower, room_for_bias
 from lightning_compress.quantization import prepare, quantization_of
 from tests.small_networks import NETWORKS, Residual, images, plain, quantized, warmed
@@ -47,7 +50,18 @@ def test_every_weight_is_int8_and_every_bias_int32(name: str) -> None:
         for name in quantization.layer_bits
     }
     assert weights == {name: [torch.int8, torch.int32] for name in quantization.layer_bits}
-    assert not any(parameter.dim() > 1 for parameter in lowered.parameters())
+
+
+def test_no_float_weight_is_in_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = warmed(Residual())
+    quantized(model)
+    export_onnx(model, images(), tmp_path / "model.onnx")
+    initializers = onnx.load(tmp_path / "model.onnx").graph.initializer
+    matrices = {tensor.name: tensor.data_type for tensor in initializers if len(tensor.dims) > 1}
+    assert matrices == dict.fromkeys(
+        ("conv1.weight", "conv2.weight", "conv3.weight", "fc.weight"), onnx.TensorProto.INT8
+    )
 
 
 def test_a_layer_without_bias_stays_without() -> None:
