@@ -32,6 +32,7 @@ from lightning_compress.errors import CompressionError, MissingExtraError
 from lightning_compress.export import ExportResult, export_onnx
 from lightning_compress.export.arguments import CallArguments, plain_tensor, tensors_of
 from lightning_compress.export.onnx import write_onnx
+from lightning_compress.export.packing import storage_note
 from lightning_compress.export.session import import_onnxruntime, open_session
 from lightning_compress.quantization import quantization_of, strip
 from lightning_compress.report import (
@@ -319,6 +320,7 @@ class OnnxExport(pl.Callback):
             parity=_parity(self.result),
             integer_ops={kind: integer for kind, (integer, _) in audit.counts().items() if integer},
             float_ops={f"{row.kind} {row.name}": row.reason for row in audit.floats()} if is_integer else None,
+            notes=tuple(note for note in [storage_note(self.result.packed)] if note),
         )
 
     def _metric(self, trainer: pl.Trainer, chosen: pl.LightningModule) -> Metric:

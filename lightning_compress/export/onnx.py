@@ -7,8 +7,8 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lightning_compress.export.arguments import (
 )
 from lightning_compress.export.audit import AuditReport, audit
 from lightning_compress.export.lowering import grid_of, lower
+from lightning_compress.export.packing import pack_weights_, storage_note
 from lightning_compress.export.parity import ParityReport, compare_outputs, first_difference
 from lightning_compress.export.session import import_onnxruntime, open_session, run_session
 from lightning_compress.export.translation import keep_in_float_, rename_, translations
@@ -56,6 +57,7 @@ class ExportResult:
         parity: How near it is to the model in PyTorch.
         audit: What ONNX Runtime runs in integers.
         output_spec: How the forward nests its outputs, as a spec of torch's pytree.
+        packed: How many weights are stored with how many bits, for those with fewer than 8.
     """
 
     path: Path
@@ -65,10 +67,13 @@ class ExportResult:
     parity: ParityReport
     audit: AuditReport
     output_spec: Any
+    packed: Mapping[int, int] = field(default_factory=dict)
 
     def to_text(self) -> str:
         """Return the result as a few lines."""
-        return f"{self.path}\nparity on {self.parity.to_text()}\n{self.audit.to_text()}"
+        note = storage_note(self.packed)
+        lines = [str(self.path), f"parity on {self.parity.to_text()}", self.audit.to_text(), *([note] if note else [])]
+        return "\n".join(lines)
 
 
 def export_onnx(
@@ -124,6 +129,7 @@ def export_onnx(
         report,
         audit(written.path),
         written.output_spec,
+        written.packed,
     )
 
 
@@ -138,6 +144,7 @@ class WrittenFile:
         has_dynamic_batch: Whether its first dimension takes any size.
         output_step: Distance of two neighbouring values of the outputs' grid, or None where they lie on none.
         output_spec: How the forward nests its outputs, as a spec of torch's pytree.
+        packed: How many weights are stored with how many bits, for those with fewer than 8.
     """
 
     path: Path
@@ -146,6 +153,7 @@ class WrittenFile:
     has_dynamic_batch: bool
     output_step: float | None
     output_spec: Any
+    packed: Mapping[int, int]
 
 
 def write_onnx(model: nn.Module, example_inputs: Inputs, path: str | os.PathLike[str]) -> WrittenFile:
@@ -173,9 +181,10 @@ def write_onnx(model: nn.Module, example_inputs: Inputs, path: str | os.PathLike
     input_names = names_of_inputs(lowered, args, kwargs)
     output_names = [f"{name}_out" if name in input_names else name for name in names_of_outputs(outputs)]
     proto, is_dynamic = _to_onnx(lowered, args, kwargs, input_names, output_names, names)
+    packed = pack_weights_(proto)
     _write(proto, Path(path))
-    spec = pytree.tree_structure(outputs)
-    return WrittenFile(Path(path), input_names, output_names, is_dynamic, min(steps) if steps else None, spec)
+    step, spec = min(steps) if steps else None, pytree.tree_structure(outputs)
+    return WrittenFile(Path(path), input_names, output_names, is_dynamic, step, spec, packed)
 
 
 def _check_outputs(outputs: Any, owner: str) -> None:
