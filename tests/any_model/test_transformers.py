@@ -14,7 +14,7 @@ from torch import nn
 from tests.any_model.inputs import random_integers, random_values
 from tests.any_model.journey import Example, check
 
-SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "initializer_range": 0.2}
 
 
 def tokens(n_samples: int, seed: int) -> dict[str, Any]:
