@@ -152,6 +152,7 @@ class QuantizationAwareTraining(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._prepare(pl_module)
+        self.quantization.refresh()  # the strategy may have converted batch norms since
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -50,6 +50,7 @@ class Quantization:
         self.untraceable: dict[str, str] = {}
         self.recorded: list[tuple[str, Tensor]] | None = None
         self._calls: list[tuple[str, CallKey]] = []
+        self._modules: set[int] = set()
         self._rewrite()
 
     def analyse(self) -> tuple[Program, Placement]:
@@ -64,10 +65,19 @@ class Quantization:
             self._calls.append((path, key))
             self._rewrite()
 
+    def refresh(self) -> None:
+        """Look at the model again if modules were put in place of those it was prepared with.
+
+        Converting batch norms to `SyncBatchNorm` does that, as a Trainer does when it sets its strategy up.
+        """
+        if {id(module) for module in self.model.modules()} != self._modules:
+            self._rewrite()
+
     def _rewrite(self) -> None:
         program, placement = self.analyse()
         self.rows = placement.rows
         self.untraceable = program.untraceable
+        self._modules = {id(module) for module in self.model.modules()}
         rewrite(self.model, list(program.traces.values()), placement, self)
 
     @property

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_compress.export.lowering import lower
 from lightning_compress.quantization.affine import integer_weight
 from lightning_compress.quantization.batchnorm import fold_batchnorm, freeze_batchnorm_, norm_factor_and_offset
+from tests.small_networks import PreActivation, Residual, images, quantized, warmed
 
 
 def trained_norm(n_channels: int) -> nn.BatchNorm2d:
@@ -70,3 +72,28 @@ def test_freezing_leaves_norms_without_statistics_alone() -> None:
     assert [module.training for module in net] == [False, True, True]
     net.train()
     assert net[0].training
+
+
+def test_norms_converted_to_synchronized_ones_fold_like_before() -> None:
+    torch.manual_seed(0)
+    model = warmed(Residual())
+    quantization = quantized(model)
+    expected = model(images())
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    quantization.refresh()
+    assert isinstance(converted.get_submodule("bn1"), nn.SyncBatchNorm)
+    assert torch.equal(converted(images()), expected)
+    assert [row.is_integer for row in quantization.rows if row.operation == "SyncBatchNorm"] == [True, True]
+
+
+def test_a_norm_on_its_own_ships_as_scale_and_shift_for_any_gamma() -> None:
+    torch.manual_seed(0)
+    model = warmed(PreActivation())
+    norm = model.get_submodule("norm")
+    assert isinstance(norm, nn.BatchNorm2d)
+    norm.weight.data = torch.tensor([1.0, -2.0, 0.0, 1e-9, 0.5, -0.3, 3.0, 1.0])
+    quantized(model)
+    x = images(64, 9)
+    with torch.no_grad():
+        difference = (lower(model)(x) - model(x)).abs()
+    assert difference.max() < 1e-5
