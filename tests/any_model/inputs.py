@@ -9,10 +9,10 @@ from tests.any_model.journey import Batch
 
 
 def random_values(*shape: int) -> Batch:
-    """Return batches of values around zero, each sample of ``shape``."""
+    """Return batches of values in [-1.5, 1.5), each sample of ``shape``."""
 
     def batch(n_samples: int, seed: int) -> Tensor:
-        return torch.randn(n_samples, *shape, generator=torch.Generator().manual_seed(seed))
+        return torch.rand(n_samples, *shape, generator=torch.Generator().manual_seed(seed)) * 3.0 - 1.5
 
     return batch
 

@@ -118,7 +118,9 @@ GATES = {
     "squeeze and excite by linear layers": Example(
         LinearSqueezeExcite, IMAGE, {"conv": (2, 2), "gemm": (2, 2)}, {"mul": 1, "pool": 1}
     ),
-    "gated linear units": Example(GatedLinearUnit, random_values(6), {"gemm": (5, 5)}, {"mul": 1, "add": 1}),
+    "gated linear units": Example(
+        GatedLinearUnit, random_values(6), {"gemm": (5, 5)}, {"mul": 1, "add": 1}, least_snr_db=15.0
+    ),
 }
 
 

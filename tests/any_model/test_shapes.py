@@ -134,9 +134,6 @@ EXAMPLES = {
         IMAGE,
         TWO,
     ),
-    "average pool with ceil mode": Example(
-        lambda: between(nn.AvgPool2d(2, ceil_mode=True), nn.AvgPool2d(3, 2, padding=1, ceil_mode=True)), IMAGE, TWO
-    ),
     "spatial pyramid": Example(PyramidPooling, IMAGE, TWO, {"concat": 1}),
     "unpooling": Example(SegNet, IMAGE, {"conv": (3, 3)}),
     "pixel shuffle and unshuffle": Example(
@@ -158,6 +155,17 @@ EXAMPLES = {
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_layers_around_moved_values_run_in_integers(name: str, tmp_path: Path) -> None:
     check(EXAMPLES[name], tmp_path)
+
+
+@pytest.mark.parametrize("counts_padding", [False, True])
+def test_average_pools_with_ceil_mode_divide_by_what_lies_in_the_window(counts_padding: bool, tmp_path: Path) -> None:
+    pools = [
+        nn.AvgPool2d(2, ceil_mode=True, count_include_pad=counts_padding),
+        nn.AvgPool2d(3, 2, padding=1, ceil_mode=True, count_include_pad=counts_padding),
+    ]
+    journey = check(Example(lambda: between(*pools), random_values(3, 11, 11), TWO), tmp_path)
+    assert journey.result.parity.max_diff_steps is not None
+    assert journey.result.parity.max_diff_steps <= 1.0
 
 
 def test_what_is_concatenated_lies_on_one_grid(tmp_path: Path) -> None:
