@@ -170,8 +170,8 @@ class ActivationRanges:
         self._renew()
 
     def _renew(self) -> None:
-        self._parameters = None
-        scales, zero_points = self._compute()
+        # Kept here and not at the first use: a compiled network would be compiled once more for that step.
+        self._parameters = scales, zero_points = self._compute()
         seen = (~self.minimum.isinf()).tolist()
         self._grids = [
             AffineGrid(scale, int(zero_point), bits) if is_seen else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from lightning_compress.quantization.affine import fake_quantize_weight, integer_weight, weight_scales
+from lightning_compress.quantization.kept_memory import KeptMemory
 
 
 @dataclass
@@ -16,6 +17,7 @@ class WeightQuantizer:
     Args:
         bits: Bits of a weight, 2 to 8.
         axis: Dimension of the output channels: 0, or 1 for transposed convolutions.
+        memory: Where the rounded weight is laid.
 
     Example:
         >>> import torch
@@ -26,6 +28,7 @@ class WeightQuantizer:
 
     bits: int
     axis: int = 0
+    memory: KeptMemory = field(default_factory=KeptMemory, repr=False, compare=False)
 
     def scales(self, weight: Tensor) -> Tensor:
         """Return the scale of every output channel, float32 of shape (channels,)."""
@@ -34,8 +37,8 @@ class WeightQuantizer:
     def rounded(self, weight: Tensor) -> Tensor:
         """Return ``weight`` on its grid; gradients pass straight through."""
         if self.axis == 0:
-            return fake_quantize_weight(weight, self.bits)
-        return fake_quantize_weight(weight.transpose(0, self.axis), self.bits).transpose(0, self.axis)
+            return fake_quantize_weight(weight, self.bits, self.memory)
+        return fake_quantize_weight(weight.transpose(0, self.axis), self.bits, self.memory).transpose(0, self.axis)
 
     def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``weight`` as int8, output channels first, and the scale of every output channel."""
