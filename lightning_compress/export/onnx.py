@@ -19,6 +19,7 @@ from lightning_compress.export.arguments import (
     Inputs,
     as_arguments,
     at_least_two_samples,
+    know_records,
     names_of_inputs,
     plain_tensor,
     tensors_of,
@@ -173,6 +174,7 @@ def write_onnx(model: nn.Module, example_inputs: Inputs, path: str | os.PathLike
     args, kwargs = at_least_two_samples(*as_arguments(example_inputs))
     with torch.no_grad():
         outputs = lowered(*args, **kwargs)
+    know_records(outputs)
     _check_outputs(outputs, type(model).__name__)
     steps = [grid.scale for grid in map(grid_of, pytree.tree_leaves(outputs)) if grid is not None]
     try:
@@ -209,7 +211,7 @@ def _check_outputs(outputs: Any, owner: str) -> None:
         found = f"a `{type(strange[0]).__name__}`" if strange else "no tensor"
         raise ExportError(
             f"The forward of `{owner}` returns {found}, which an ONNX file cannot hold. "
-            "Return a tensor, or tuples, lists and dicts of tensors."
+            "Return a tensor, or tuples, lists, dicts and dataclasses of tensors."
         )
 
 

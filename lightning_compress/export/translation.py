@@ -125,16 +125,18 @@ def _place_names(proto: onnx.ModelProto, quantizes: Sequence[onnx.NodeProto], na
 
 
 def keep_in_float_(graph: onnx.GraphProto) -> None:
-    """Part every float layer that reads a rounded value from the quantizer behind it, by an operation without effect.
+    """Part what must stay in float, and reads a rounded value, from the quantizer behind it, by one more operation.
 
-    Between the two, ONNX Runtime would round the layer's weights to integers of its own, a single scale for all of
-    them, which no training ever saw.
+    Between the two, ONNX Runtime would round a float layer's weights to integers of its own, a single scale for all of
+    them, which no training ever saw; and its integer average pooling divides the windows that ``ceil_mode`` adds at
+    the border by the wrong count. The operation itself has no effect.
     """
     producers = {name: node for node in graph.node for name in node.output}
     rounded = {name for name, node in producers.items() if node.op_type == "DequantizeLinear"}
     for position, node in reversed(list(enumerate(graph.node))):
-        is_layer = node.op_type in ("Conv", "ConvTranspose", "Gemm")
-        if is_layer and node.input[0] in rounded and node.input[1] not in rounded:
+        is_layer = node.op_type in ("Conv", "ConvTranspose", "Gemm") and node.input[1] not in rounded
+        is_ceil = node.op_type == "AveragePool" and any(item.name == "ceil_mode" and item.i for item in node.attribute)
+        if (is_layer or is_ceil) and node.input[0] in rounded:
             result = node.output[0]
             node.output[0] = f"{node.name}.result"
             lowest = f"{result}.lowest"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +137,11 @@ def test_batches_may_name_their_inputs_in_another_order(tmp_path: Path) -> None:
     assert result.parity.snr_db > 100.0
 
 
-@dataclass
-class Fields:
+class Distribution:
     """What an ONNX file cannot hold."""
 
-    logits: Tensor
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
 
 
 class Returns(nn.Module):
@@ -158,14 +157,15 @@ class Returns(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("wrap", "found"), [(Fields, "a `Fields`"), (lambda logits: None, "no tensor"), (lambda logits: 1, "no tensor")]
+    ("wrap", "found"),
+    [(Distribution, "a `Distribution`"), (lambda logits: None, "no tensor"), (lambda logits: 1, "no tensor")],
 )
 def test_a_result_that_no_file_can_hold_is_named(wrap: Any, found: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError) as caught:
         export_onnx(Returns(wrap), torch.rand(2, 4), tmp_path / "model.onnx")
     assert str(caught.value) == (
         f"The forward of `Returns` returns {found}, which an ONNX file cannot hold. "
-        "Return a tensor, or tuples, lists and dicts of tensors."
+        "Return a tensor, or tuples, lists, dicts and dataclasses of tensors."
     )
 
 
