@@ -128,7 +128,7 @@ class Contender:
         self.optimizer.zero_grad()
         with task.autocast():
             loss = F.cross_entropy(self.network(images), labels)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         if quantization is not None and quantization.is_observing:
             quantization.is_observing = False
