@@ -29,7 +29,7 @@ from lightning_compress.export.lowering import grid_of, lower
 from lightning_compress.export.model_file import write_model
 from lightning_compress.export.packing import pack_weights_, storage_note
 from lightning_compress.export.parity import ParityReport, compare_outputs, first_difference
-from lightning_compress.export.parts import UnexportableError, exportable_part, obstacle
+from lightning_compress.export.parts import UnexportableError, exportable_part, obstacle, untranslated
 from lightning_compress.export.program import output_names, to_onnx
 from lightning_compress.export.session import import_onnxruntime, open_session, run_session
 from lightning_compress.export.translation import keep_in_float_, rename_
@@ -181,7 +181,9 @@ def write_onnx(model: nn.Module, example_inputs: Inputs, path: str | os.PathLike
         proto, is_dynamic = to_onnx(lowered, args, kwargs, outputs, names)
     except Exception as error:  # user code under the exporter, and the exporter itself, may raise anything
         part = exportable_part(lowered, CallArguments(args, kwargs), _try)
-        raise UnexportableError(type(model).__name__, obstacle(lowered, error), _first_line(error), part) from error
+        path, operator = untranslated(error)
+        reason = f"ONNX has no form of `{operator}`" if operator else _first_line(error)
+        raise UnexportableError(type(model).__name__, path or obstacle(lowered, error), reason, part) from error
     rename_(proto, names)
     keep_in_float_(proto.graph)
     packed = pack_weights_(proto)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import ExportError
@@ -142,3 +142,28 @@ def obstacle(model: nn.Module, error: BaseException) -> str:
             return found
         cause = cause.__cause__ or cause.__context__
     return found
+
+
+def untranslated(error: BaseException) -> tuple[str, str]:
+    """Return where in the model the operator lies that the ONNX converter has no form for, and its name.
+
+    Args:
+        error: What the converter raised.
+
+    Returns:
+        Name of the submodule and of the operator; both empty where the converter did not stop at an operator.
+
+    Example:
+        >>> untranslated(ValueError("something else"))
+        ('', '')
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            node = frame.f_locals.get("node")
+            if isinstance(node, fx.Node) and node.op == "call_function":
+                stack = list(node.meta.get("nn_module_stack", {}).values())
+                path = str(stack[-1][0]) if stack else ""
+                return path.removeprefix("model").removeprefix("."), str(node.target)
+        cause = cause.__cause__ or cause.__context__
+    return "", ""
