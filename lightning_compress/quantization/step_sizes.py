@@ -149,7 +149,7 @@ class StepSizes:
         second.lerp_(slopes.square(), 1 - BETAS[1])
         direction = (first / (1 - BETAS[0] ** age)) / ((second / (1 - BETAS[1] ** age)).sqrt() + 1e-20)
         steps *= torch.exp(-self.learning_rate * factor * direction)
-        for leaf, new in zip(leaves, steps.split([leaf.numel() for leaf in leaves]), strict=True):
+        for leaf, new in zip(leaves, torch.split(steps, [leaf.numel() for leaf in leaves]), strict=True):
             leaf.data.copy_(new.view_as(leaf))
             leaf.grad = None
 
