@@ -87,9 +87,10 @@ class Task:
 
 
 def _vit_small(task: Task) -> nn.Module:
-    return torchvision.models.VisionTransformer(
+    network: nn.Module = torchvision.models.VisionTransformer(
         image_size=task.pixels, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536
     )
+    return network
 
 
 NETWORKS: dict[str, Callable[[Task], nn.Module]] = {

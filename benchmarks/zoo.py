@@ -249,7 +249,7 @@ def _export(model: nn.Module, inputs: CallArguments, path: Path) -> dict[str, An
     try:
         result = export_onnx(model, inputs, path)
         parity, report = result.parity, result.audit
-        row = {
+        row: dict[str, Any] = {
             "snr_db": min(parity.snr_db, 200.0),
             "top1": parity.top1_agreement,
             "distinct_top1": parity.distinct_top1,
@@ -259,7 +259,9 @@ def _export(model: nn.Module, inputs: CallArguments, path: Path) -> dict[str, An
     except ParityError as error:
         if not path.exists():
             raise
-        feeds = dict(zip(names_of_inputs(model, inputs.args, inputs.kwargs), tensors_of(inputs.args, inputs.kwargs)))
+        feeds = dict(
+            zip(names_of_inputs(model, inputs.args, inputs.kwargs), tensors_of(inputs.args, inputs.kwargs), strict=True)
+        )
         report = audit(path, feeds)
         row = {"status": f"parity: {error}"}
     return {**row, **_audited(report), "bytes": sum(item.stat().st_size for item in path.parent.glob("model.onnx*"))}

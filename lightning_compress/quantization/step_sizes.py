@@ -47,31 +47,61 @@ class QuantizeWithStep(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
         """Round ``x``."""
         spread = _spread(step, x)
-        # Division, not multiplication by the reciprocal: runtimes divide, and the two differ at ties.
-        ratio = x.float() / spread
-        ctx.save_for_backward(ratio)
-        ctx.bounds, ctx.step_shape, ctx.dtype = (low, high), step.shape, x.dtype
-        return (ratio.round().clamp_(low, high) * spread).to(x.dtype)
+        ctx.save_for_backward(x, step)
+        ctx.bounds = (low, high)
+        return _codes(x, spread, low, high).mul_(spread).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """Return the gradients of ``x`` and ``step``."""
-        (ratio,) = ctx.saved_tensors
+        x, step = ctx.saved_tensors
         low, high = ctx.bounds
         (gradient,) = gradients
-        x_gradient = torch.ops.aten.hardtanh_backward(gradient.to(ratio.dtype), ratio, low, high)
-        step_gradient = None
-        if ctx.needs_input_grad[1]:
-            # The rounded ratio times what arrives, less the ratio where it lies inside.
-            parts = ratio.round().clamp_(low, high).mul_(gradient).sub_(ratio * x_gradient)
-            per_step = parts.flatten(1).sum(1) if len(ctx.step_shape) == 1 else parts.sum()
-            n = math.prod(ratio.shape[1:])
-            step_gradient = (per_step / math.sqrt(n * max(-low, high))).view(ctx.step_shape)
-        return x_gradient.to(ctx.dtype), step_gradient, None, None
+        share = 1 / math.sqrt(math.prod(x.shape[1:]) * max(-low, high))
+        spread = _spread(step, x)
+        needs_step = ctx.needs_input_grad[1]
+        # What arrives times the rounded ratio, less what passes times the ratio.
+        if step.dim() == 0 and _lie_alike(gradient, x):
+            bounds = low * step.item(), high * step.item()
+            if not needs_step:
+                return torch.ops.aten.hardtanh_backward(gradient, x, *bounds), None, None, None
+            codes = _codes(x, step, low, high)
+            through_codes = _inner(gradient, codes)
+            # Into the memory of the codes: fresh memory costs more than arithmetic.
+            x_gradient = torch.ops.aten.hardtanh_backward.grad_input(gradient, x, *bounds, grad_input=codes)
+            return x_gradient, (through_codes - _inner(x_gradient, x) / step) * share, None, None
+        x_gradient = gradient * ((x > low * spread) & (x < high * spread))
+        if not needs_step:
+            return x_gradient, None, None, None
+        parts = _codes(x, spread, low, high).mul_(gradient).sub_(x_gradient * x / spread)
+        step_gradient = parts.sum() if step.dim() == 0 else parts.flatten(1).sum(1)
+        return x_gradient, step_gradient * share, None, None
 
 
 def _spread(step: Tensor, x: Tensor) -> Tensor:
     return step.view(-1, *[1] * (x.dim() - 1)) if step.dim() == 1 else step
+
+
+def _codes(x: Tensor, spread: Tensor, low: int, high: int) -> Tensor:
+    # Division, not multiplication by the reciprocal: runtimes divide, and the two differ at ties.
+    return (x.float() / spread).round_().clamp_(low, high)
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors of a CPU can be read as the same long vectors."""
+    return (
+        not torch.compiler.is_compiling()
+        and a.device.type == "cpu"
+        and a.dtype == b.dtype == torch.float32
+        and a.stride() == b.stride()
+        and (a.is_contiguous() or a.is_contiguous(memory_format=torch.channels_last))
+    )
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum of all products of two tensors that lie alike, without memory of its own."""
+    flat = (a.numel(),), (1,)
+    return torch.dot(a.as_strided(*flat), b.as_strided(*flat))
 
 
 class StepSizes:
@@ -149,7 +179,7 @@ class StepSizes:
         second.lerp_(slopes.square(), 1 - BETAS[1])
         direction = (first / (1 - BETAS[0] ** age)) / ((second / (1 - BETAS[1] ** age)).sqrt() + 1e-20)
         steps *= torch.exp(-self.learning_rate * factor * direction)
-        for leaf, new in zip(leaves, steps.split([leaf.numel() for leaf in leaves]), strict=True):  # type: ignore[no-untyped-call]
+        for leaf, new in zip(leaves, torch.split(steps, [leaf.numel() for leaf in leaves]), strict=True):
             leaf.data.copy_(new.view_as(leaf))
             leaf.grad = None
 

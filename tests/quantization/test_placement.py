@@ -151,6 +151,33 @@ def test_inputs_and_results_keep_eight_bits() -> None:
     assert placed(net, activation_bits=4, edge_bits=2).bits == {"input_1": 8, "1": 4, "3": 4, "4": 8}
 
 
+def test_what_only_additions_and_poolings_read_keeps_eight_bits() -> None:
+    bits = placed(Residual(), activation_bits=4, edge_bits=2).bits
+    assert bits == {
+        "x": 8,
+        "relu": 4,
+        "bn2": 8,  # read by the add alone
+        "relu_1": 4,
+        "conv3": 8,  # likewise
+        "relu_2": 8,  # read by the pooling
+        "adaptive_avg_pool2d": 4,
+        "fc": 8,
+    }
+
+
+def test_values_that_are_joined_get_the_bits_of_what_reads_them_together() -> None:
+    placement = placed(Concatenated(), activation_bits=4, edge_bits=2)
+    joined = {spot.quantizer for node, spot in placement.nodes.items() if str(node) == "cat"}
+    assert {name: bits for name, bits in placement.bits.items() if bits == 4} == dict.fromkeys(joined, 4)
+
+
+def test_operands_of_matrix_products_get_the_bits_of_activations() -> None:
+    def run(net: Made, x: Tensor) -> Tensor:
+        return F.softmax(torch.matmul(net.fc(x), x.transpose(1, 2)), -1)
+
+    assert placed(Made(run), activation_bits=4, edge_bits=2).bits["fc"] == 4
+
+
 def test_an_excluded_layer_stays_in_float_and_says_so() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
     placement = placed(net, exclude=["2"])
