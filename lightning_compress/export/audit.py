@@ -107,7 +107,8 @@ class AuditReport:
         """Share of the multiply-accumulates that run in integer operations, or None where none were counted.
 
         Example:
-            >>> AuditReport((AuditRow("a", "conv", True, "", 300), AuditRow("b", "gemm", False, "...", 100))).integer_mac_share
+            >>> rows = (AuditRow("a", "conv", True, "", 300), AuditRow("b", "gemm", False, "...", 100))
+            >>> AuditReport(rows).integer_mac_share
             0.75
         """
         total = sum(row.macs for row in self.rows)
