@@ -16,6 +16,7 @@ from lightning_compress.callbacks.clock import completed_steps, total_steps
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import Quantization, prepare, quantization_of
 from lightning_compress.quantization.batchnorm import freeze_batchnorm_
+from lightning_compress.quantization.estimators import RangeMethod
 from lightning_compress.quantization.placement_report import PlacementReport, placement_report
 from lightning_compress.quantization.scheme import Scheme
 from lightning_compress.quantization.state import check_finite_weights
@@ -61,6 +62,10 @@ class QuantizationAwareTraining(pl.Callback):
         edge_bits: Bits at least of the first and the last layers, for weights and for what they read.
         module: Name of the submodule to quantize; by default all that the LightningModule's forward reaches.
         observe_every: Steps between two observations of the ranges, once they have settled.
+        symmetric: Whether activations get the zero point in the middle of their grid, as TensorRT wants it.
+        reduce_range: Whether weights of 8 bits use 7: processors without VNNI saturate sums of 8-bit products.
+        ranges: How scales are found: ``"minmax"``, ``"percentile"``, ``"mse"`` or ``"learned"`` (Esser et al. 2020,
+            arXiv:1902.08153); by default those of 7 and 8 bits by the extremes, and those below are learned.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -93,9 +98,14 @@ class QuantizationAwareTraining(pl.Callback):
         edge_bits: int = 8,
         module: str | None = None,
         observe_every: int = 8,
+        symmetric: bool = False,
+        reduce_range: bool = False,
+        ranges: RangeMethod | None = None,
     ) -> None:
         super().__init__()
-        self.scheme = Scheme(weight_bits, activation_bits, exclude, overrides or {}, edge_bits)
+        self.scheme = Scheme(
+            weight_bits, activation_bits, exclude, overrides or {}, edge_bits, symmetric, reduce_range, ranges
+        )
         check_moment("start", start)
         check_moment("freeze", freeze)
         check_order("start", start, "freeze", freeze)
@@ -179,7 +189,8 @@ class QuantizationAwareTraining(pl.Callback):
         step = completed_steps(trainer)
         self._last_step, self._begun_step = step, -1
         if step == 0:
-            self.quantization.ranges.reset()  # a new run follows its schedule from the beginning
+            self.quantization.reset()  # a new run follows its schedule from the beginning
+        self.quantization.steps.to_(pl_module.device)
         self.quantization.is_quantizing = step >= self._start_step and step > 0
 
     @override
@@ -194,7 +205,11 @@ class QuantizationAwareTraining(pl.Callback):
             check_finite_weights(quantization.model)
         quantization.is_quantizing = step >= self._start_step
         quantization.is_observing = self._is_observing(step)
+        if quantization.is_quantizing and not quantization.is_learning and step < self._freeze_step:
+            quantization.learn()
         if step >= self._freeze_step:
+            if quantization.is_learning:
+                quantization.stop_learning()
             self._frozen_norms += freeze_batchnorm_(quantization.model)
 
     @override
@@ -210,6 +225,9 @@ class QuantizationAwareTraining(pl.Callback):
             quantization.ranges.update()
             if len(quantization.ranges.unseen()) == len(quantization.ranges.names):
                 raise self._never_called(pl_module)
+        if quantization.is_learning:
+            quantization.update_steps(self._share_left(step - 1))
+            quantization.learn()
         self._last_step = step
         if not trainer.barebones:
             pl_module.log("compress/quantization_phase", float(self._phase(step - 1)))
@@ -218,6 +236,7 @@ class QuantizationAwareTraining(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         quantization = self.quantization
         quantization.is_observing = False
+        quantization.stop_learning()
         self._thaw()
         if not quantization.is_quantizing:
             rank_zero_warn(
@@ -256,6 +275,10 @@ class QuantizationAwareTraining(pl.Callback):
         if step == 0:
             return True  # shows at once whether the training step reaches the network
         return step >= self._warm_up_step and (step - self._warm_up_step) % WARM_UP_INTERVAL == 0
+
+    def _share_left(self, step: int) -> float:
+        """Return the share of the steps from start to freeze that is left: the step sizes' learning rate follows it."""
+        return (self._freeze_step - step) / max(1, self._freeze_step - self._start_step)
 
     def _phase(self, step: int) -> int:
         if step >= self._start_step:

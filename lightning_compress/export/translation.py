@@ -92,9 +92,12 @@ def rename_(proto: onnx.ModelProto, names: Sequence[str]) -> None:
         taken[label] += 1
         node.name = label if taken[label] == 1 else f"{label}_{taken[label]}"
         del node.metadata_props[:]
-    renamed = {
-        tensor.name: tensor.name.removeprefix("model.").replace("integer_", "") for tensor in proto.graph.initializer
-    }
+    renamed = {tensor.name: tensor.name.removeprefix("model.") for tensor in proto.graph.initializer}
+    # Integers take the name of the weight they stand for, unless that is in the file too, as in a tied embedding.
+    kept = set(renamed.values())
+    for name, short in renamed.items():
+        plain = short.replace("integer_", "")
+        renamed[name] = short if plain in kept else plain
     quantizes = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
     if len(quantizes) == len(names):
         renamed |= _place_names(proto, quantizes, names)

@@ -42,6 +42,8 @@ class RoundedWeight:
     def __call__(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias to compute with."""
         quantizer = self.state.weights[self.name]
+        if self.state.is_learning and quantizer.step is None:
+            self.state.learn_weight(self.name, weight)  # a weight that only its call knows
         rounded = quantizer.rounded(weight)
         folds = self.norm is not None and not self.norm.training
         if not folds and bias is None:

@@ -316,16 +316,23 @@ class _Placer:
         return placement
 
     def _bits(self, operation: Operation) -> int:
-        """Return the bits of a value: the most that a layer asks for that reads it; 8 at the edge of the model."""
-        if self._is_edge(operation):
-            return 8
-        asked = [
-            self.settings[self.names[_weight_key(user)]].activation_bits
-            for value in self._same_values(operation)
-            for user in value.users
-            if self._role(user) == "weighted" and user.inputs[0] is value
-        ]
-        return max(asked, default=self.scheme.activation_bits)
+        """Return the bits of a value: the most that what reads it asks for; 8 at the edge of the model."""
+        return 8 if self._is_edge(operation) else max(self._asked_bits(operation), default=8)
+
+    def _asked_bits(self, operation: Operation) -> Iterator[int]:
+        """Yield the bits that layers and matrix products ask for that read a value, as it is or joined with others.
+
+        Additions and poolings ask for none: no runtime has kernels of less than 8 bits for them.
+        """
+        for value in self._same_values(operation):
+            for user in value.users:
+                kind = self._role(user)
+                if kind == "weighted" and user.inputs[0] is value:
+                    yield self.settings[self.names[_weight_key(user)]].activation_bits
+                elif kind in ("product", "attention"):
+                    yield self.scheme.activation_bits
+                elif kind == "concat":
+                    yield from self._asked_bits(user)
 
     def _name_weights(self, placement: Placement, names: dict[str, str]) -> None:
         norms = self._folds(placement)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,30 @@ from torch import Tensor, distributed
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization.affine import AffineGrid, affine_parameters
+from lightning_compress.quantization.estimators import RangeMethod, estimate_range
+
+
+@dataclass
+class LearnedGrid:
+    """A grid whose step size is trained.
+
+    Attributes:
+        step: The step size, a 0-d tensor.
+        zero_point: The integer that stands for zero, fixed.
+        bits: Number of bits.
+    """
+
+    step: Tensor
+    zero_point: int
+    bits: int
+
+    def __post_init__(self) -> None:
+        self.zero_point_tensor = torch.tensor(self.zero_point, dtype=torch.int32, device=self.step.device)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The least and the greatest integer, relative to the zero point."""
+        return -self.zero_point, 2**self.bits - 1 - self.zero_point
 
 
 class ActivationRanges:
@@ -22,8 +47,11 @@ class ActivationRanges:
     The tensors are plain attributes and not buffers of the model: `module.half()` must not round them, averaged
     weights must not average them, and the state dict must not know them.
 
+    A quantizer may learn its step size: `learn` then turns its range into a step size and a zero point, which is fixed.
+
     Args:
         momentum: Weight of the newest observation in the average, in (0, 1].
+        symmetric: Whether zero points lie in the middle of the grids.
 
     Example:
         >>> ranges = ActivationRanges(momentum=0.5)
@@ -35,8 +63,11 @@ class ActivationRanges:
         {'relu': (0.0, 3.0)}
     """
 
-    def __init__(self, momentum: float = 0.1) -> None:
+    def __init__(self, momentum: float = 0.1, symmetric: bool = False) -> None:
         self.momentum = momentum
+        self.symmetric = symmetric
+        self.methods: list[RangeMethod] = []
+        self.learned: dict[int, LearnedGrid] = {}
         self.names: list[str] = []
         self.bits: list[int] = []
         self.minimum = torch.empty(0)
@@ -45,12 +76,19 @@ class ActivationRanges:
         self._grids: list[AffineGrid | None] = []
         self._parameters: tuple[Tensor, Tensor] | None = None
 
-    def add(self, name: str, bits: int) -> int:
-        """Add a quantizer that has seen nothing yet, or find the one of that name; return its index."""
+    def add(self, name: str, bits: int, method: RangeMethod = "minmax") -> int:
+        """Add a quantizer that has seen nothing yet, or find the one of that name; return its index.
+
+        Args:
+            name: Its name.
+            bits: Its bits.
+            method: How the range of a value is found.
+        """
         if name in self.names:
             return self.names.index(name)
         self.names.append(name)
         self.bits.append(bits)
+        self.methods.append(method)
         self.minimum = torch.cat([self.minimum, self.minimum.new_full((1,), math.inf)])
         self.maximum = torch.cat([self.maximum, self.maximum.new_full((1,), -math.inf)])
         self._grids.append(None)
@@ -58,12 +96,17 @@ class ActivationRanges:
         return len(self.names) - 1
 
     def reset(self) -> None:
-        """Forget what every quantizer has seen."""
+        """Forget what every quantizer has seen, and learned."""
+        self.learned.clear()
         self.minimum = torch.full_like(self.minimum, math.inf)
         self.maximum = torch.full_like(self.maximum, -math.inf)
         self._pending.clear()
         self._grids = [None] * len(self.names)
         self._parameters = None
+
+    def estimate(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the least and greatest value (0-d tensors) that quantizer ``index`` should cover for ``x``."""
+        return estimate_range(x, self.methods[index], self.bits[index], self.symmetric)
 
     def observe(self, index: int, minimum: Tensor, maximum: Tensor) -> None:
         """Note the least and greatest value (0-d tensors) that quantizer ``index`` met; `update` takes them in."""
@@ -106,7 +149,40 @@ class ActivationRanges:
 
     def grid(self, index: int) -> AffineGrid | None:
         """Return the grid of quantizer ``index``, or None if it has seen nothing yet."""
+        if self._grids[index] is None and index in self.learned:
+            learned = self.learned[index]
+            self._grids[index] = AffineGrid(learned.step.item(), learned.zero_point, learned.bits)
         return self._grids[index]
+
+    def learnable(self) -> list[int]:
+        """Return the indices of the quantizers that are to learn their step size, have a range and do not learn yet."""
+        return [
+            index
+            for index, method in enumerate(self.methods)
+            if method == "learned" and index not in self.learned and not self.minimum[index].isinf()
+        ]
+
+    def initial_step(self, index: int) -> Tensor:
+        """Return the scale that the range of quantizer ``index`` gives, a 0-d tensor."""
+        return self._compute()[0][index]
+
+    def learn(self, index: int, step: Tensor, zero_point: int | None = None) -> None:
+        """Let ``step`` be the scale of quantizer ``index`` from now on.
+
+        Args:
+            index: Which quantizer.
+            step: What is trained, a 0-d tensor.
+            zero_point: Its zero point, fixed from now on; by default that of its range.
+        """
+        if zero_point is None:
+            zero_point = int(self._compute()[1][index].item())
+        self.learned[index] = LearnedGrid(step, zero_point, self.bits[index])
+        self._grids[index] = None
+
+    def renew_learned(self) -> None:
+        """Take over the step sizes after they were changed."""
+        for index in self.learned:
+            self._grids[index] = None
 
     def start_from(self, index: int, minimum: Tensor, maximum: Tensor) -> AffineGrid:
         """Give quantizer ``index``, which has seen nothing yet, a grid for this step from a first value's range."""
@@ -117,11 +193,14 @@ class ActivationRanges:
         if not (torch.isfinite(minimum) and torch.isfinite(maximum)):
             raise _not_finite(self.names[index])
         largest = torch.tensor([float(2 ** self.bits[index] - 1)], device=minimum.device)
-        scale, zero_point = affine_parameters(minimum.view(1), maximum.view(1), largest)
+        scale, zero_point = affine_parameters(minimum.view(1), maximum.view(1), largest, self.symmetric)
         return AffineGrid(scale.item(), int(zero_point.item()), self.bits[index])
 
     def parameters(self, index: int) -> tuple[Tensor, Tensor]:
         """Return scale and zero point (int32) of quantizer ``index`` as 0-d tensors, without a wait for the device."""
+        if index in self.learned:
+            learned = self.learned[index]
+            return learned.step.detach(), learned.zero_point_tensor
         if self._parameters is None:
             self._parameters = self._compute()
         scale, zero_point = self._parameters
@@ -129,11 +208,11 @@ class ActivationRanges:
 
     def is_seen(self, index: int) -> bool:
         """Tell whether quantizer ``index`` has a grid."""
-        return self._grids[index] is not None
+        return self._grids[index] is not None or index in self.learned
 
     def unseen(self) -> list[str]:
         """Return the names of the quantizers that have seen nothing yet."""
-        return [name for name, grid in zip(self.names, self._grids, strict=True) if grid is None]
+        return [name for index, name in enumerate(self.names) if not self.is_seen(index)]
 
     def as_dict(self) -> dict[str, tuple[float, float]]:
         """Return the averaged range of every quantizer that has seen data."""
@@ -141,16 +220,17 @@ class ActivationRanges:
         return {name: (low, high) for name, low, high in pairs if math.isfinite(low)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return names, bits and averages as plain types and CPU tensors."""
+        """Return names, bits, averages and the zero points of learned grids as plain types and CPU tensors."""
         return {
             "names": list(self.names),
             "bits": list(self.bits),
             "minimum": self.minimum.detach().cpu().clone(),
             "maximum": self.maximum.detach().cpu().clone(),
+            "zero_points": {self.names[index]: grid.zero_point for index, grid in self.learned.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the averages of a `state_dict`, matched by name.
+        """Take over the averages of a `state_dict`, matched by name; what was learned is for `learn`.
 
         Raises:
             CompressionError: If the state knows a quantizer that this model lacks, or one at other bits.
@@ -167,11 +247,12 @@ class ActivationRanges:
                 )
             self.minimum[index], self.maximum[index] = low, high
         self._pending.clear()
+        self.learned.clear()
         self._renew()
 
     def _renew(self) -> None:
-        self._parameters = None
-        scales, zero_points = self._compute()
+        # Kept here and not at the first use: a compiled network would be compiled once more for that step.
+        self._parameters = scales, zero_points = self._compute()
         seen = (~self.minimum.isinf()).tolist()
         self._grids = [
             AffineGrid(scale, int(zero_point), bits) if is_seen else None
@@ -179,6 +260,7 @@ class ActivationRanges:
                 scales.tolist(), zero_points.tolist(), self.bits, seen, strict=True
             )
         ]
+        self.renew_learned()
         self.check()
 
     def check(self) -> None:
@@ -196,7 +278,10 @@ class ActivationRanges:
     def _compute(self) -> tuple[Tensor, Tensor]:
         largest = torch.tensor([float(2**bits - 1) for bits in self.bits], device=self.minimum.device)
         scale, zero_point = affine_parameters(
-            torch.nan_to_num(self.minimum, posinf=0.0), torch.nan_to_num(self.maximum, neginf=0.0), largest
+            torch.nan_to_num(self.minimum, posinf=0.0),
+            torch.nan_to_num(self.maximum, neginf=0.0),
+            largest,
+            self.symmetric,
         )
         return scale, zero_point.to(torch.int32)
 

@@ -115,8 +115,10 @@ class _Rewriter:
         self.state = state
 
     def run(self, traces: Sequence[Trace]) -> None:
+        constants = {place.quantizer for place in self.placement.nodes.values() if place.is_constant}
         for name, bits in self.placement.bits.items():
-            self.state.ranges.add(name, bits)
+            method = "minmax" if name in constants else self.state.scheme.method(bits)
+            self.state.ranges.add(name, bits, method)
         layers = [module for module in self.model.modules() if id(module) in self.placement.weights]
         for layer in layers:
             self._add_weight(id(layer), isinstance(layer, TRANSPOSED_LAYERS))
@@ -168,7 +170,8 @@ class _Rewriter:
 
     def _add_weight(self, key: WeightKey, is_transposed: bool) -> None:
         place = self.placement.weights[key]
-        self.state.weights.setdefault(place.name, WeightQuantizer(place.bits, 1 if is_transposed else 0))
+        method = self.state.scheme.method(place.bits)
+        self.state.weights.setdefault(place.name, WeightQuantizer(place.bits, 1 if is_transposed else 0, method))
 
     def _weight(self, key: WeightKey) -> RoundedWeight:
         place = self.placement.weights[key]

@@ -6,7 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_compress.quantization.estimators import RANGE_METHODS, RangeMethod
 from lightning_compress.selection import match_names
+
+MIN_MAX_BITS = 7
+"""Bits from which on the extremes of the values are as good a range as a learned one, by measurement."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,14 @@ class Scheme:
         overrides: Settings other than these by pattern of layer names, such as ``{"head": {"weight_bits": 8}}``; where
             several patterns match, the last one wins.
         edge_bits: Bits at least of the first and the last layers, for weights and for what they read.
+        symmetric: Whether activations get the zero point in the middle of their grid, so that it covers ``-L .. L``, as
+            TensorRT wants it. Weights always are symmetric.
+        reduce_range: Whether weights of 8 bits use 7: processors without VNNI saturate sums of 8-bit products.
+        ranges: How scales are found: ``"minmax"``, ``"percentile"``, ``"mse"`` or ``"learned"``; None learns those
+            below `MIN_MAX_BITS` bits, and takes the extremes from there on.
 
     Raises:
-        ValueError: If bits are out of range, or an override has a setting that is none.
+        ValueError: If bits are out of range, an override has a setting that is none, or ``ranges`` is unknown.
         TypeError: If bits are no ints.
 
     Example:
@@ -51,11 +60,17 @@ class Scheme:
     exclude: Sequence[str] = ()
     overrides: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     edge_bits: int = 8
+    symmetric: bool = False
+    reduce_range: bool = False
+    ranges: RangeMethod | None = None
 
     def __post_init__(self) -> None:
         check_bits("weight_bits", self.weight_bits)
         check_bits("activation_bits", self.activation_bits)
         check_bits("edge_bits", self.edge_bits)
+        if self.ranges is not None and self.ranges not in RANGE_METHODS:
+            known = ", ".join(f'"{method}"' for method in RANGE_METHODS)
+            raise ValueError(f"`ranges` must be one of {known}, or None, got {self.ranges!r}.")
         for pattern, settings in self.overrides.items():
             for name, bits in settings.items():
                 if name not in ("weight_bits", "activation_bits"):
@@ -90,7 +105,19 @@ class Scheme:
         for pattern, settings in self.overrides.items():
             for name in match_names(names, [pattern], "overrides"):
                 found[name].update(settings)
+        for settings in found.values():
+            if self.reduce_range and settings["weight_bits"] == 8:
+                settings["weight_bits"] = 7
         return {name: LayerSettings(**settings) for name, settings in found.items()}
+
+    def method(self, bits: int) -> RangeMethod:
+        """Return how the scale of a grid of ``bits`` bits is found.
+
+        Example:
+            >>> Scheme().method(8), Scheme().method(4), Scheme(ranges="mse").method(4)
+            ('minmax', 'learned', 'mse')
+        """
+        return self.ranges or ("minmax" if bits >= MIN_MAX_BITS else "learned")
 
 
 def check_bits(name: str, bits: int) -> None:

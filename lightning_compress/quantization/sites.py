@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from lightning_compress.graph import attention
 from lightning_compress.quantization.affine import NO_CLAMP, affine_parameters, fake_quantize, fake_quantize_
+from lightning_compress.quantization.step_sizes import quantize_with_step
 
 if TYPE_CHECKING:
     from lightning_compress.quantization.state import Quantization
@@ -59,6 +61,8 @@ class QuantizerSite:
             return x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
         if self.is_constant:
             rounded = self._round_constant(x)
+        elif self.index in state.ranges.learned:
+            rounded = self._round_with_step(x)
         elif torch.compiler.is_compiling() or x.device.type != "cpu":
             rounded = self._round_with_tensors(x)
         else:
@@ -68,8 +72,15 @@ class QuantizerSite:
         return rounded
 
     def _observe(self, x: Tensor) -> None:
-        minimum, maximum = torch.aminmax(x.detach())
-        self.state.ranges.observe(self.index, minimum.clamp(*self.clamp), maximum.clamp(*self.clamp))
+        ranges = self.state.ranges
+        if self.index not in ranges.learned:  # a learned step size needs no range
+            ranges.observe(self.index, *self._range(x))
+
+    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.state.ranges.methods[self.index] != "minmax" and self.clamp != NO_CLAMP:
+            return self.state.ranges.estimate(self.index, x.detach().clamp(*self.clamp))
+        minimum, maximum = self.state.ranges.estimate(self.index, x)
+        return minimum.clamp(*self.clamp), maximum.clamp(*self.clamp)
 
     def _round(self, x: Tensor) -> Tensor:
         ranges = self.state.ranges
@@ -77,8 +88,7 @@ class QuantizerSite:
         if grid is None:
             if not self.state.is_observing:
                 return x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
-            minimum, maximum = torch.aminmax(x.detach())
-            grid = ranges.start_from(self.index, minimum.clamp(*self.clamp), maximum.clamp(*self.clamp))
+            grid = ranges.start_from(self.index, *self._range(x))
         # Reading the gradient's mask off the result is only fair where few values lie on a bound: at 8 bits.
         if self._may_overwrite(x) and grid.bits == 8:
             return fake_quantize_(x, grid, self.clamp)
@@ -91,7 +101,7 @@ class QuantizerSite:
             return self._round(x)
         largest = torch.tensor([float(2 ** ranges.bits[self.index] - 1)], device=x.device)
         minimum, maximum = torch.aminmax(x.detach())
-        scale, zero_point = affine_parameters(minimum.view(1), maximum.view(1), largest)
+        scale, zero_point = affine_parameters(minimum.view(1), maximum.view(1), largest, ranges.symmetric)
         settings = (scale[0], zero_point[0].to(torch.int32), 0, 2 ** ranges.bits[self.index] - 1)
         return torch.fake_quantize_per_tensor_affine(x.float(), *settings).to(x.dtype)
 
@@ -105,8 +115,7 @@ class QuantizerSite:
             return x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
         clamped = x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
         if not ranges.is_seen(self.index):
-            minimum, maximum = torch.aminmax(clamped.detach())
-            ranges.start_from(self.index, minimum, maximum)
+            ranges.start_from(self.index, *self._range(x))
             grid = ranges.grid(self.index)
             return clamped if grid is None else fake_quantize(clamped, grid)
         scale, zero_point = ranges.parameters(self.index)
@@ -115,6 +124,13 @@ class QuantizerSite:
             clamped.float(), scale.to(x.device), zero_point.to(x.device), 0, largest
         )
         return rounded.to(x.dtype)
+
+    def _round_with_step(self, x: Tensor) -> Tensor:
+        grid = self.state.ranges.learned[self.index]
+        # A ReLU is the lower end of a grid that begins at zero; other bounds clip before.
+        is_lower_end = self.clamp == (0.0, math.inf) and grid.zero_point == 0
+        clipped = x if self.clamp == NO_CLAMP or is_lower_end else x.clamp(*self.clamp)
+        return quantize_with_step(clipped, grid.step.to(x.device), *grid.bounds)
 
 
 class AttentionSites:

@@ -16,7 +16,11 @@ from lightning_compress.quantization.ranges import ActivationRanges
 from lightning_compress.quantization.rewrite import RewrittenForward, rewrite
 from lightning_compress.quantization.roles import QUANTIZABLE_LAYERS
 from lightning_compress.quantization.scheme import Scheme
+from lightning_compress.quantization.step_sizes import StepSizes
 from lightning_compress.quantization.weights import WeightQuantizer
+
+WEIGHT_PREFIX, ACTIVATION_PREFIX = "weight of ", "activation at "
+"""What the names of step sizes begin with."""
 
 OUR_FORWARDS = (RewrittenForward, QuantizedLayerForward, FoldedNormForward, ScaledNormForward)
 """The forwards that we set on modules."""
@@ -33,8 +37,10 @@ class Quantization:
     Attributes:
         is_quantizing: Whether weights and activations are rounded.
         is_observing: Whether ranges are observed.
+        is_learning: Whether step sizes are learned.
         ranges: The range of every quantizer.
         weights: What rounds each weight, by the name of its layer.
+        steps: The learned step sizes.
         rows: What becomes of every operation.
         recorded: A list that takes the name and value of everything that is rounded, or None.
     """
@@ -44,7 +50,9 @@ class Quantization:
         self.scheme = scheme
         self.is_quantizing = False
         self.is_observing = False
-        self.ranges = ActivationRanges(momentum)
+        self.is_learning = False
+        self.ranges = ActivationRanges(momentum, scheme.symmetric)
+        self.steps = StepSizes()
         self.weights: dict[str, WeightQuantizer] = {}
         self.rows: list[PlacementRow] = []
         self.untraceable: dict[str, str] = {}
@@ -80,6 +88,51 @@ class Quantization:
         self._modules = {id(module) for module in self.model.modules()}
         rewrite(self.model, list(program.traces.values()), placement, self)
 
+    def learn(self) -> None:
+        """Begin to learn the step sizes that the scheme wants learned, from where the weights and ranges are now.
+
+        Those of activations begin as soon as their range was observed: call it again after each observation. In a
+        training loop of your own, call `update_steps` after each optimizer step, and `stop_learning` before the last
+        ones.
+        """
+        self.is_learning = True
+        for module in self.model.modules():
+            forward = vars(module).get("forward")
+            if isinstance(forward, QuantizedLayerForward):
+                assert isinstance(module.weight, Tensor)
+                self.learn_weight(forward.weight.name, module.weight)
+        for index in self.ranges.learnable():
+            name = ACTIVATION_PREFIX + self.ranges.names[index]
+            self.ranges.learn(index, self.steps.add(name, self.ranges.initial_step(index)))
+
+    def learn_weight(self, name: str, weight: Tensor) -> None:
+        """Begin to learn the step sizes of one weight, if the scheme wants it and it has not begun."""
+        quantizer = self.weights[name]
+        if self.is_learning and quantizer.method == "learned" and quantizer.step is None:
+            quantizer.step = self.steps.add(WEIGHT_PREFIX + name, quantizer.scales(weight.detach()))
+
+    def stop_learning(self) -> None:
+        """Keep the step sizes as they are."""
+        self.is_learning = False
+        self.steps.requires_grad_(False)
+
+    def update_steps(self, factor: float = 1.0) -> None:
+        """Move the learned step sizes down their gradients.
+
+        Args:
+            factor: What their learning rate is multiplied by.
+        """
+        self.steps.update(factor)
+        self.ranges.renew_learned()
+
+    def reset(self) -> None:
+        """Forget what was observed and learned."""
+        self.is_learning = False
+        self.ranges.reset()
+        self.steps.clear()
+        for quantizer in self.weights.values():
+            quantizer.step = None
+
     @property
     def layer_bits(self) -> dict[str, int]:
         """Bits of the weights of every quantized layer, by name."""
@@ -103,6 +156,7 @@ class Quantization:
             "is_quantizing": self.is_quantizing,
             "calls": [[path, [list(item) for item in key]] for path, key in self._calls],
             "ranges": self.ranges.state_dict(),
+            "steps": self.steps.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -121,6 +175,14 @@ class Quantization:
             self.add_call(path, tuple((name, value) for name, value in items))
         self.is_quantizing = state["is_quantizing"]
         self.ranges.load_state_dict(state["ranges"])
+        self.steps.load_state_dict(state["steps"])
+        for name, step in self.steps.leaves.items():
+            if name.startswith(WEIGHT_PREFIX):
+                self.weights[name.removeprefix(WEIGHT_PREFIX)].step = step
+            else:
+                quantizer = name.removeprefix(ACTIVATION_PREFIX)
+                index = self.ranges.names.index(quantizer)
+                self.ranges.learn(index, step, state["ranges"]["zero_points"][quantizer])
 
 
 def prepare(model: nn.Module, scheme: Scheme | None = None, **settings: Any) -> Quantization:

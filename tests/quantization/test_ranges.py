@@ -159,3 +159,49 @@ def test_a_state_at_other_bits_is_refused() -> None:
     assert str(caught.value) == (
         "The checkpoint quantizes `a` to 8 bits, this model to 4. Use the same bits as in the run that wrote it."
     )
+
+
+def test_symmetric_grids_have_zero_in_the_middle() -> None:
+    ranges = ActivationRanges(symmetric=True)
+    index = ranges.add("a", 3)
+    seen(ranges, index, -1.0, 6.0)
+    ranges.update()
+    assert ranges.grid(index) == AffineGrid(2.0, 4, 3)  # 3 steps of 2 to either side, and one more below
+    other = ranges.add("b", 3)
+    assert ranges.start_from(other, torch.tensor(-3.0), torch.tensor(0.0)) == AffineGrid(1.0, 4, 3)
+
+
+def learned(low: float, high: float) -> tuple[ActivationRanges, torch.Tensor]:
+    ranges = ActivationRanges()
+    index = ranges.add("a", 2, "learned")
+    assert ranges.learnable() == []
+    seen(ranges, index, low, high)
+    ranges.update()
+    assert ranges.learnable() == [index]
+    step = ranges.initial_step(index).clone().requires_grad_()
+    ranges.learn(index, step)
+    return ranges, step
+
+
+def test_a_learned_grid_begins_with_that_of_its_range_and_keeps_the_zero_point() -> None:
+    ranges, step = learned(-1.0, 2.0)
+    assert (ranges.grid(0), ranges.learned[0].bounds, ranges.learnable()) == (AffineGrid(1.0, 1, 2), (-1, 2), [])
+    with torch.no_grad():
+        step.mul_(3)
+    ranges.renew_learned()
+    assert ranges.grid(0) == AffineGrid(3.0, 1, 2)
+    assert [value.item() for value in ranges.parameters(0)] == [3.0, 1]
+    assert not ranges.parameters(0)[0].requires_grad
+
+
+def test_a_learned_grid_does_not_follow_later_observations() -> None:
+    ranges, _ = learned(-1.0, 2.0)
+    seen(ranges, 0, -100.0, 100.0)
+    ranges.update()
+    assert ranges.grid(0) == AffineGrid(1.0, 1, 2)
+
+
+def test_reset_forgets_what_was_learned() -> None:
+    ranges, _ = learned(-1.0, 2.0)
+    ranges.reset()
+    assert (ranges.grid(0), ranges.unseen()) == (None, ["a"])
