@@ -221,7 +221,12 @@ def _verify(
     model: nn.Module, written: WrittenFile, batches: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
 ) -> ParityReport:
     path = written.path
-    session = open_session(path)
+    try:
+        session = open_session(path)
+    except Exception as error:  # ONNX Runtime's errors have no base of their own
+        raise ExportError(
+            f"ONNX Runtime cannot open `{path}`: {_first_line(error)} The file is kept for inspection."
+        ) from error
     quantization = quantization_of(model)
     is_integer = quantization is not None and quantization.is_quantizing
     expected, found = [], []

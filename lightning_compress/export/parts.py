@@ -47,6 +47,17 @@ class UnexportableError(ExportError):
         super().__init__(f"`{owner}` cannot be exported as a whole, {cannot}, {can}")
         self.part = part
 
+    def within(self, path: str) -> UnexportableError:
+        """Return the same for the user's module, in which the model is the submodule ``path``.
+
+        Example:
+            >>> UnexportableError("Detector", "", "values decide", "backbone").within("net").part
+            'net.backbone'
+        """
+        owner, obstacle, reason, part = self.settings
+        names = [f"{path}.{name}" if path and name else name for name in (obstacle, part)]
+        return UnexportableError(owner, names[0], reason, names[1])
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self.settings
 
@@ -54,7 +65,7 @@ class UnexportableError(ExportError):
 def exportable_part(
     model: nn.Module, inputs: CallArguments, export: Callable[[nn.Module, CallArguments], object]
 ) -> str:
-    """Find the submodule with the most parameters that can be exported on its own, by trying.
+    """Find, by trying, a submodule that can be exported on its own: of the outermost that can, the largest.
 
     Args:
         model: A module whose export failed.
@@ -72,8 +83,8 @@ def exportable_part(
     calls = dict(_calls(model, inputs))
     sizes = {name: _n_parameters(model.get_submodule(name)) for name in calls}
     enough = max(1.0, LEAST_SHARE * _n_parameters(model))
-    # The larger first, and of two of the same size the one outside.
-    names = sorted((name for name in calls if sizes[name] >= enough), key=lambda name: (-sizes[name], name.count(".")))
+    # Children first, then grandchildren: a backbone is of more use than the largest layer of a head.
+    names = sorted((name for name in calls if sizes[name] >= enough), key=lambda name: (name.count("."), -sizes[name]))
     for name in names[:ATTEMPTS]:
         try:
             export(model.get_submodule(name), calls[name])

@@ -266,3 +266,18 @@ def test_a_causal_mask_of_minus_infinity_is_exported(tmp_path: Path) -> None:
     quantized(model)
     result = export_onnx(model, images(), tmp_path / "model.onnx")
     assert result.parity.snr_db > 25.0
+
+
+def test_a_model_that_needs_its_batch_size_is_exported_for_the_one_it_got(tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.layer(x) + torch.arange(int(x.shape[0])).tolist()[-1]
+
+    torch.manual_seed(0)
+    result = export_onnx(Fixed(), torch.rand(3, 4), tmp_path / "model.onnx")
+    assert not result.has_dynamic_batch
+    assert result.parity.snr_db > 100.0
