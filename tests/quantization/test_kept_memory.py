@@ -21,7 +21,7 @@ def test_memory_is_used_again_once_the_graph_that_reads_it_is_gone() -> None:
     assert fake_quantize_weight(weight, 8, memory).data_ptr() != address  # the graph of `result` still reads it
     memory = KeptMemory()
     result = nn.functional.linear(x, fake_quantize_weight(weight, 8, memory)).sum()
-    result.backward()
+    result.backward()  # type: ignore[no-untyped-call]
     address = fake_quantize_weight(weight, 8, memory).data_ptr()
     assert fake_quantize_weight(weight, 8, memory).data_ptr() == address
 
@@ -33,10 +33,10 @@ def test_two_calls_before_one_backward_give_the_gradients_of_memory_of_their_own
         torch.manual_seed(0)
         weight = nn.Parameter(torch.randn(3, 3))
         hidden = nn.functional.linear(first.requires_grad_(), fake_quantize_weight(weight, 4, memory))
-        nn.functional.linear(hidden, fake_quantize_weight(weight, 4, memory)).square().sum().backward()
+        nn.functional.linear(hidden, fake_quantize_weight(weight, 4, memory)).square().sum().backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             weight.mul_(2.0)
-        nn.functional.linear(second, fake_quantize_weight(weight, 4, memory)).square().sum().backward()
+        nn.functional.linear(second, fake_quantize_weight(weight, 4, memory)).square().sum().backward()  # type: ignore[no-untyped-call]
         gradients.append(weight.grad)
     assert gradients[0] is not None
     assert gradients[1] is not None
