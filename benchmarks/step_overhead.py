@@ -76,7 +76,8 @@ class Task:
     def build(self) -> nn.Module:
         """Return the network, with the same random weights each time, in train mode."""
         torch.manual_seed(0)
-        return NETWORKS[self.network](self).to(self.device).train()
+        network = NETWORKS[self.network](self)
+        return network.to(self.device).train()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a forward pass."""
@@ -132,7 +133,7 @@ class Contender:
         self.optimizer.zero_grad()
         with task.autocast():
             loss = F.cross_entropy(self.network(images), labels)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         if quantization is not None and quantization.is_observing:
             quantization.is_observing = False
