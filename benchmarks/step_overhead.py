@@ -76,8 +76,8 @@ class Task:
     def build(self) -> nn.Module:
         """Return the network, with the same random weights each time, in train mode."""
         torch.manual_seed(0)
-        network = NETWORKS[self.network](self)
-        return network.to(self.device).train()
+        network: nn.Module = NETWORKS[self.network](self).to(self.device)
+        return network.train()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a forward pass."""
