@@ -77,7 +77,8 @@ class Task:
         """Return the network, with the same random weights each time, in train mode."""
         torch.manual_seed(0)
         network: nn.Module = NETWORKS[self.network](self).to(self.device)
-        return network.train()
+        network.train()
+        return network
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a forward pass."""
