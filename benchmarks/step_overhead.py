@@ -76,9 +76,7 @@ class Task:
     def build(self) -> nn.Module:
         """Return the network, with the same random weights each time, in train mode."""
         torch.manual_seed(0)
-        network: nn.Module = NETWORKS[self.network](self).to(self.device)
-        network.train()
-        return network
+        return NETWORKS[self.network](self).to(self.device).train()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a forward pass."""
@@ -93,9 +91,10 @@ class Task:
 
 
 def _vit_small(task: Task) -> nn.Module:
-    return torchvision.models.VisionTransformer(
+    network: nn.Module = torchvision.models.VisionTransformer(
         image_size=task.pixels, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536
     )
+    return network
 
 
 NETWORKS: dict[str, Callable[[Task], nn.Module]] = {
