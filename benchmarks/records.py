@@ -45,6 +45,13 @@ class Records:
         """Return the row with these values, or None."""
         return next((row for row in self.rows if key.items() <= row.items()), None)
 
+    def drop(self, is_old: Callable[[Row], bool]) -> None:
+        """Forget the rows of which ``is_old`` is true."""
+        if self.path.exists():
+            content = json.loads(self.path.read_text())
+            content["rows"] = [row for row in content["rows"] if not is_old(row)]
+            self.path.write_text(json.dumps(content, indent=2) + "\n")
+
     def get(self, measure: Callable[[], Mapping[str, Any]], **key: Any) -> Row:
         """Return the row with these values; measure it and write it down where there is none yet."""
         row = self.find(**key)

@@ -6,6 +6,7 @@ from lightning_compress.callbacks.pruning import MagnitudePruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.callbacks.stripping import strip
 from lightning_compress.export import ExportResult, export_onnx
+from lightning_compress.quantization.placement_report import placement_report
 from lightning_compress.report import RunReport
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "QuantizationAwareTraining",
     "RunReport",
     "export_onnx",
+    "placement_report",
     "strip",
 ]

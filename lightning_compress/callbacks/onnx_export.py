@@ -33,6 +33,7 @@ from lightning_compress.export import ExportResult, export_onnx
 from lightning_compress.export.arguments import CallArguments, plain_tensor, tensors_of
 from lightning_compress.export.onnx import write_onnx
 from lightning_compress.export.packing import storage_note
+from lightning_compress.export.parts import UnexportableError
 from lightning_compress.export.session import import_onnxruntime, open_session
 from lightning_compress.quantization import quantization_of, strip
 from lightning_compress.report import (
@@ -273,7 +274,10 @@ class OnnxExport(pl.Callback):
             chosen = self._chosen(trainer, pl_module)
             network = chosen.get_submodule(self._called)
             calls = _at_most(self._calls, VERIFY_SAMPLES)
-            self.result = export_onnx(network, calls[0], self.path, verify_inputs=calls, progress=progress.tell)
+            try:
+                self.result = export_onnx(network, calls[0], self.path, verify_inputs=calls, progress=progress.tell)
+            except UnexportableError as error:
+                raise error.within(self._called) from error
             self.report = self._measured(trainer, chosen, network, progress)
             progress.tell("writing the report")
             folder = self.path.parent

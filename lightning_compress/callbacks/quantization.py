@@ -163,6 +163,12 @@ class QuantizationAwareTraining(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._prepare(pl_module)
         self.quantization.refresh()  # the strategy may have converted batch norms since
+        recurrent = self.quantization.recurrent_layers()
+        if recurrent:
+            rank_zero_warn(
+                f"Recurrent layers have no integer form: {', '.join(f'`{name}`' for name in recurrent)} stay in float, "
+                "the layers around them are quantized. Cells written out with linear layers are quantized too."
+            )
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -249,6 +255,13 @@ class QuantizationAwareTraining(pl.Callback):
             rank_zero_warn(
                 f"The training step never reached {len(unreached)} layers, which stay in float: "
                 f"{', '.join(f'`{name}`' for name in unreached[:5])}. Leave them out with `exclude`, or call them."
+            )
+        dead = quantization.ranges.always_zero()
+        if dead:
+            rank_zero_warn(
+                f"{len(dead)} values of the network were zero in all that was observed: "
+                f"{', '.join(f'`{name}`' for name in dead[:5])}. What leads there is dead: it ships as zeros and "
+                "learns nothing. Check the initialization and the learning rate, or leave the layers out."
             )
 
     @override

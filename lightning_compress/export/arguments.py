@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -47,12 +47,34 @@ def as_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args = (inputs,)
     else:
         args = tuple(inputs)
+    know_records((args, kwargs))
     found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
         Tensor,
         lambda tensor: plain_tensor(tensor).clone(),  # the network may overwrite what it is given
         (args, kwargs),
     )
     return found
+
+
+def know_records(value: Any) -> None:
+    """Let torch take every dataclass in ``value`` as a container of its fields, as it takes tuples and dicts.
+
+    Args:
+        value: Arguments or results of a forward, nested at will.
+
+    Example:
+        >>> @dataclass
+        ... class Pair:
+        ...     mean: Tensor
+        ...     deviation: Tensor
+        >>> know_records([Pair(torch.zeros(1), torch.ones(1))])
+        >>> pytree.tree_leaves(Pair(torch.zeros(1), torch.ones(1)))
+        [tensor([0.]), tensor([1.])]
+    """
+    for leaf in pytree.tree_leaves(value):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            torch.export.register_dataclass(type(leaf))
+            know_records([getattr(leaf, field.name) for field in fields(leaf)])
 
 
 def plain_tensor(tensor: Tensor) -> Tensor:
@@ -103,19 +125,30 @@ def names_of_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 
 
 def names_of_outputs(outputs: Any) -> list[str]:
-    """Return a name for each tensor that a forward returned, after the keys of its dict where it is one.
+    """Return a name for each tensor that a forward returned, after the keys or fields where it has such.
 
     Example:
         >>> names_of_outputs({"logits": torch.zeros(1)}), names_of_outputs((torch.zeros(1), torch.zeros(1)))
         (['logits'], ['output_0', 'output_1'])
     """
-    if isinstance(outputs, Mapping):
-        return [name for key, value in outputs.items() for name in _leaf_names(str(key), value)]
-    return _leaf_names("output", outputs)
+    named = _entries(outputs)
+    if named is None:
+        return _leaf_names("output", outputs)
+    return [name for key, value in named.items() for name in _leaf_names(key, value)]
 
 
 def _leaf_names(name: str, value: Any) -> list[str]:
-    if isinstance(value, Mapping):
-        return [leaf for key, item in value.items() for leaf in _leaf_names(f"{name}.{key}", item)]
+    named = _entries(value)
+    if named is not None:
+        return [leaf for key, item in named.items() for leaf in _leaf_names(f"{name}.{key}", item)]
     leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
     return [name] if len(leaves) == 1 else [f"{name}_{index}" for index in range(len(leaves))]
+
+
+def _entries(value: Any) -> dict[str, Any] | None:
+    """Return the entries of a dict, or the fields of a dataclass, by name; None for anything else."""
+    if isinstance(value, Mapping):
+        return {str(key): item for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return None

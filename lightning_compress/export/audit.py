@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+from torch import Tensor
 
+from lightning_compress.export.macs import count_macs, operations
 from lightning_compress.export.session import open_session
 
 _INTEGER_OPERATIONS = {
@@ -20,6 +22,8 @@ _INTEGER_OPERATIONS = {
     "QLinearMatMul": "matmul",
     "MatMulInteger": "matmul",
     "MatMulIntegerToFloat": "matmul",
+    "DynamicQuantizeMatMul": "matmul",
+    "QAttention": "attention",
     "QLinearAdd": "add",
     "QLinearMul": "mul",
     "QLinearConcat": "concat",
@@ -31,11 +35,19 @@ _FLOAT_OPERATIONS = {
     "FusedConv": "conv",
     "NhwcFusedConv": "conv",
     "ConvTranspose": "conv",
+    "DeformConv": "conv",
     "Gemm": "gemm",
     "FusedGemm": "gemm",
     "MatMul": "matmul",
     "FusedMatMul": "matmul",
     "TransposeMatMul": "matmul",
+    "MatMulNBits": "matmul",
+    "Einsum": "matmul",
+    "Attention": "attention",
+    "MultiHeadAttention": "attention",
+    "LSTM": "recurrent",
+    "GRU": "recurrent",
+    "RNN": "recurrent",
     "Add": "add",
     "Mul": "mul",
     "GlobalAveragePool": "pool",
@@ -50,15 +62,18 @@ class AuditRow:
 
     Attributes:
         name: Name of the operation.
-        kind: ``conv``, ``gemm``, ``matmul``, ``add``, ``mul``, ``concat`` or ``pool``.
+        kind: ``conv``, ``gemm``, ``matmul``, ``attention``, ``recurrent``, ``add``, ``mul``, ``concat`` or ``pool``.
         is_integer: Whether ONNX Runtime runs it in integers.
         reason: Why it runs in float; empty for an integer operation.
+        macs: Multiply-accumulates of one run on the inputs that the audit was given; 0 where it was given none, and
+            for operations that only add, move or pool.
     """
 
     name: str
     kind: str
     is_integer: bool
     reason: str = ""
+    macs: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,8 @@ class AuditReport:
     """What ONNX Runtime runs in integers and what it does not.
 
     Attributes:
-        rows: Every convolution, gemm, matmul, add, mul, concat and average pool of the optimized graph.
+        rows: Every convolution, gemm, matmul, attention, recurrent layer, add, mul, concat and average pool of the
+            optimized graph.
     """
 
     rows: tuple[AuditRow, ...]
@@ -86,19 +102,35 @@ class AuditReport:
         """Return the operations that run in float."""
         return [row for row in self.rows if not row.is_integer]
 
+    @property
+    def integer_mac_share(self) -> float | None:
+        """Share of the multiply-accumulates that run in integer operations, or None where none were counted.
+
+        Example:
+            >>> rows = (AuditRow("a", "conv", True, "", 300), AuditRow("b", "gemm", False, "...", 100))
+            >>> AuditReport(rows).integer_mac_share
+            0.75
+        """
+        total = sum(row.macs for row in self.rows)
+        return sum(row.macs for row in self.rows if row.is_integer) / total if total else None
+
     def to_text(self) -> str:
         """Return the counts and every operation in float with its reason, a line each."""
         counted = ", ".join(f"{integer} of {total} {kind}" for kind, (integer, total) in self.counts().items())
+        share = self.integer_mac_share
+        counted += "" if share is None else f"; {100 * share:.1f} % of the multiply-accumulates"
         lines = [f"in integers on ONNX Runtime: {counted or 'nothing'}"]
         lines += [f"in float: {row.kind} `{row.name}`: {row.reason}" for row in self.floats()]
         return "\n".join(lines)
 
 
-def audit(path: Path) -> AuditReport:
+def audit(path: Path, feeds: Mapping[str, Tensor] | None = None) -> AuditReport:
     """Let ONNX Runtime optimize the file at ``path`` and read which operations became integer ones.
 
     Args:
         path: An ONNX file.
+        feeds: A tensor for each input of the file: it is run once to count multiply-accumulates. Others are passed
+            over.
 
     Returns:
         The report. It holds for the ONNX Runtime and the kind of CPU it was made on.
@@ -106,21 +138,23 @@ def audit(path: Path) -> AuditReport:
     with tempfile.TemporaryDirectory() as folder:
         optimized_path = Path(folder) / "optimized.onnx"
         open_session(path, optimized_path=optimized_path)
-        graph = onnx.load(optimized_path).graph
-    producers = {output: node for node in graph.node for output in node.output}
+        graph = onnx.load(optimized_path, load_external_data=False).graph
+        macs = [0] * sum(1 for _ in operations(graph)) if feeds is None else count_macs(optimized_path, feeds)
+    nodes = list(operations(graph))
+    producers = {output: node for node in nodes for output in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
+    for node in nodes:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     constants = {initializer.name for initializer in graph.initializer}
     integer_types = _integer_values(graph)
     rows = []
-    for node in graph.node:
+    for node, count in zip(nodes, macs, strict=True):
         if node.op_type in _INTEGER_OPERATIONS:
-            rows.append(AuditRow(_name(node), _INTEGER_OPERATIONS[node.op_type], True))
+            rows.append(AuditRow(_name(node), _INTEGER_OPERATIONS[node.op_type], True, macs=count))
         elif node.op_type in _FLOAT_OPERATIONS and not set(node.output) & integer_types:
             reason = _reason(node, producers, readers, constants)
-            rows.append(AuditRow(_name(node), _FLOAT_OPERATIONS[node.op_type], False, reason))
+            rows.append(AuditRow(_name(node), _FLOAT_OPERATIONS[node.op_type], False, reason, count))
     return AuditReport(tuple(rows))
 
 

@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import ExportError, ParityError
 from lightning_compress.export.arguments import (
+    CallArguments,
     Inputs,
     as_arguments,
     at_least_two_samples,
+    know_records,
     names_of_inputs,
-    names_of_outputs,
     plain_tensor,
     tensors_of,
 )
 from lightning_compress.export.audit import AuditReport, audit
 from lightning_compress.export.lowering import grid_of, lower
+from lightning_compress.export.model_file import write_model
 from lightning_compress.export.packing import pack_weights_, storage_note
 from lightning_compress.export.parity import ParityReport, compare_outputs, first_difference
+from lightning_compress.export.parts import UnexportableError, exportable_part, obstacle, untranslated
+from lightning_compress.export.program import output_names, to_onnx
 from lightning_compress.export.session import import_onnxruntime, open_session, run_session
-from lightning_compress.export.translation import keep_in_float_, rename_, translations
+from lightning_compress.export.translation import keep_in_float_, rename_
 from lightning_compress.quantization import quantization_of
-
-OPSET = 20
 
 MIN_SNR_DB_INTEGER = 20.0
 """Under this signal-to-noise ratio an integer file does not compute the model: integer kernels round ties otherwise
@@ -107,6 +105,7 @@ def export_onnx(
         ParityError: If the file, which is kept, does not compute what the model computes.
 
     Example:
+        >>> import tempfile
         >>> folder = tempfile.mkdtemp()
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
         >>> result = export_onnx(net, torch.rand(2, 4), f"{folder}/model.onnx")
@@ -127,7 +126,7 @@ def export_onnx(
         tuple(written.output_names),
         written.has_dynamic_batch,
         report,
-        audit(written.path),
+        audit(written.path, _feeds(model, *batches[0])),
         written.output_spec,
         written.packed,
     )
@@ -175,16 +174,36 @@ def write_onnx(model: nn.Module, example_inputs: Inputs, path: str | os.PathLike
     args, kwargs = at_least_two_samples(*as_arguments(example_inputs))
     with torch.no_grad():
         outputs = lowered(*args, **kwargs)
+    know_records(outputs)
     _check_outputs(outputs, type(model).__name__)
     steps = [grid.scale for grid in map(grid_of, pytree.tree_leaves(outputs)) if grid is not None]
-    names.clear()
-    input_names = names_of_inputs(lowered, args, kwargs)
-    output_names = [f"{name}_out" if name in input_names else name for name in names_of_outputs(outputs)]
-    proto, is_dynamic = _to_onnx(lowered, args, kwargs, input_names, output_names, names)
+    try:
+        proto, is_dynamic = to_onnx(lowered, args, kwargs, outputs, names)
+    except Exception as error:  # user code under the exporter, and the exporter itself, may raise anything
+        part = exportable_part(lowered, CallArguments(args, kwargs), _try)
+        path, operator = untranslated(error)
+        reason = f"ONNX has no form of `{operator}`" if operator else _first_line(error)
+        raise UnexportableError(type(model).__name__, path or obstacle(lowered, error), reason, part) from error
+    rename_(proto, names)
+    keep_in_float_(proto.graph)
     packed = pack_weights_(proto)
-    _write(proto, Path(path))
-    step, spec = min(steps) if steps else None, pytree.tree_structure(outputs)
-    return WrittenFile(Path(path), input_names, output_names, is_dynamic, step, spec, packed)
+    write_model(proto, Path(path))
+    return WrittenFile(
+        Path(path),
+        names_of_inputs(lowered, args, kwargs),
+        output_names(lowered, args, kwargs, outputs),
+        is_dynamic,
+        min(steps) if steps else None,
+        pytree.tree_structure(outputs),
+        packed,
+    )
+
+
+def _try(part: nn.Module, inputs: CallArguments) -> None:
+    with torch.no_grad():
+        outputs = part(*inputs.args, **inputs.kwargs)
+    _check_outputs(outputs, type(part).__name__)
+    to_onnx(part, inputs.args, dict(inputs.kwargs), outputs, [])
 
 
 def _check_outputs(outputs: Any, owner: str) -> None:
@@ -194,99 +213,20 @@ def _check_outputs(outputs: Any, owner: str) -> None:
         found = f"a `{type(strange[0]).__name__}`" if strange else "no tensor"
         raise ExportError(
             f"The forward of `{owner}` returns {found}, which an ONNX file cannot hold. "
-            "Return a tensor, or tuples, lists and dicts of tensors."
+            "Return a tensor, or tuples, lists, dicts and dataclasses of tensors."
         )
-
-
-class _Entry(nn.Module):
-    """Takes the tensors of a call one by one, so that the file's inputs are flat, and calls the model."""
-
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.model = model
-        leaves, self.spec = pytree.tree_flatten((args, kwargs))
-        self.constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-
-    def forward(self, *tensors: Tensor) -> Any:
-        remaining = iter(tensors)
-        leaves = [next(remaining) if constant is None else constant[0] for constant in self.constants]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return self.model(*args, **kwargs)
-
-
-def _to_onnx(
-    lowered: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    input_names: list[str],
-    output_names: list[str],
-    names: list[str],
-) -> tuple[onnx.ModelProto, bool]:
-    entry = _Entry(lowered, args, kwargs).eval()
-    tensors = tuple(tensors_of(args, kwargs))
-    batch = torch.export.Dim.DYNAMIC
-    shapes = (tuple({0: batch} if tensor.dim() else None for tensor in tensors),)
-    with _quiet(), torch.no_grad():
-        is_dynamic = True
-        try:
-            program = torch.export.export(entry, tensors, dynamic_shapes=shapes, strict=False)
-        except Exception:  # whatever stands in the way of a free batch size, a fixed one may still do
-            is_dynamic = False
-            names.clear()
-            try:
-                program = torch.export.export(entry, tensors, strict=False)
-            except Exception as error:  # user code under the exporter may raise anything
-                raise ExportError(
-                    f"`torch.export` cannot follow the forward of `{type(lowered).__name__}`: {_first_line(error)} "
-                    "Export the part of the model that it can follow, see the `module` argument."
-                ) from error
-        try:
-            exported = torch.onnx.export(
-                program,
-                tensors,
-                dynamo=True,
-                verbose=False,
-                opset_version=OPSET,
-                input_names=input_names,
-                output_names=output_names,
-                custom_translation_table=translations(program),
-            )
-        except Exception as error:  # the converter raises many kinds of errors
-            raise ExportError(f"The ONNX converter failed: {_first_line(error)}") from error
-    assert exported is not None
-    proto: onnx.ModelProto = exported.model_proto
-    rename_(proto, names)
-    keep_in_float_(proto.graph)
-    return proto, is_dynamic
-
-
-def _write(proto: onnx.ModelProto, path: Path) -> None:
-    """Write under a temporary name in the same folder, check, rename: no half file ever stands at ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        onnx.save(proto, temporary)
-        onnx.checker.check_model(temporary, full_check=True)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except onnx.checker.ValidationError as error:
-        raise ExportError(f"The exported model is not valid ONNX: {_first_line(error)}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _verify(
     model: nn.Module, written: WrittenFile, batches: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
 ) -> ParityReport:
     path = written.path
-    session = open_session(path)
+    try:
+        session = open_session(path)
+    except Exception as error:  # ONNX Runtime's errors have no base of their own
+        raise ExportError(
+            f"ONNX Runtime cannot open `{path}`: {_first_line(error)} The file is kept for inspection."
+        ) from error
     quantization = quantization_of(model)
     is_integer = quantization is not None and quantization.is_quantizing
     expected, found = [], []
@@ -316,8 +256,12 @@ def _verify(
 
 def _tensors_for(session: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Return the tensors of a call in the order of the file's inputs, in whatever order the call names them."""
-    named = dict(zip(names_of_inputs(model, args, kwargs), tensors_of(args, kwargs), strict=True))
+    named = _feeds(model, args, kwargs)
     return [named[description.name] for description in session.get_inputs()]
+
+
+def _feeds(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    return dict(zip(names_of_inputs(model, args, kwargs), tensors_of(args, kwargs), strict=True))
 
 
 def _own_snr_db(
@@ -369,20 +313,5 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's own chatter from the user: warnings and log lines about its inner workings."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    # What torch says in brackets about its symbols is the same expression again.
+    return (lines[0] if lines else type(error).__name__).partition(" (unhinted")[0].rstrip(".") + "."

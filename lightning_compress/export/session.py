@@ -34,7 +34,8 @@ def open_session(path: Path, *, optimized_path: Path | None = None, threads: int
 
     Args:
         path: The file.
-        optimized_path: Where ONNX Runtime writes the graph that it really runs, or None.
+        optimized_path: Where ONNX Runtime writes the graph that it really runs, or None; weights go to a second file
+            beside it, and float convolutions are left in their usual layout, so that shapes can be read.
         threads: Number of threads of one operation; by default what ONNX Runtime chooses.
 
     Returns:
@@ -43,11 +44,19 @@ def open_session(path: Path, *, optimized_path: Path | None = None, threads: int
     runtime = import_onnxruntime()
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors only: it warns that an optimized graph fits this machine, which is meant
+    disabled = []
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
+        # One protobuf message holds at most 2 GiB.
+        weights = "session.optimized_model_external_initializers_file_name"
+        options.add_session_config_entry(weights, f"{optimized_path.name}.data")
+        # It pads the channels of float convolutions, whose sizes could then no longer be told.
+        disabled = ["NchwcTransformer"]
     if threads is not None:
         options.intra_op_num_threads = threads
-    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return runtime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+    )
 
 
 def run_session(session: Any, tensors: Sequence[Tensor]) -> list[Tensor]:

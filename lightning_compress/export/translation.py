@@ -92,9 +92,12 @@ def rename_(proto: onnx.ModelProto, names: Sequence[str]) -> None:
         taken[label] += 1
         node.name = label if taken[label] == 1 else f"{label}_{taken[label]}"
         del node.metadata_props[:]
-    renamed = {
-        tensor.name: tensor.name.removeprefix("model.").replace("integer_", "") for tensor in proto.graph.initializer
-    }
+    renamed = {tensor.name: tensor.name.removeprefix("model.") for tensor in proto.graph.initializer}
+    # Integers take the name of the weight they stand for, unless that is in the file too, as in a tied embedding.
+    kept = set(renamed.values())
+    for name, short in renamed.items():
+        plain = short.replace("integer_", "")
+        renamed[name] = short if plain in kept else plain
     quantizes = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
     if len(quantizes) == len(names):
         renamed |= _place_names(proto, quantizes, names)
@@ -122,16 +125,18 @@ def _place_names(proto: onnx.ModelProto, quantizes: Sequence[onnx.NodeProto], na
 
 
 def keep_in_float_(graph: onnx.GraphProto) -> None:
-    """Part every float layer that reads a rounded value from the quantizer behind it, by an operation without effect.
+    """Part what must stay in float, and reads a rounded value, from the quantizer behind it, by one more operation.
 
-    Between the two, ONNX Runtime would round the layer's weights to integers of its own, a single scale for all of
-    them, which no training ever saw.
+    Between the two, ONNX Runtime would round a float layer's weights to integers of its own, a single scale for all of
+    them, which no training ever saw; and its integer average pooling divides the windows that ``ceil_mode`` adds at
+    the border by the wrong count. The operation itself has no effect.
     """
     producers = {name: node for node in graph.node for name in node.output}
     rounded = {name for name, node in producers.items() if node.op_type == "DequantizeLinear"}
     for position, node in reversed(list(enumerate(graph.node))):
-        is_layer = node.op_type in ("Conv", "ConvTranspose", "Gemm")
-        if is_layer and node.input[0] in rounded and node.input[1] not in rounded:
+        is_layer = node.op_type in ("Conv", "ConvTranspose", "Gemm") and node.input[1] not in rounded
+        is_ceil = node.op_type == "AveragePool" and any(item.name == "ceil_mode" and item.i for item in node.attribute)
+        if (is_layer or is_ceil) and node.input[0] in rounded:
             result = node.output[0]
             node.output[0] = f"{node.name}.result"
             lowest = f"{result}.lowest"

@@ -181,7 +181,7 @@ class _Stitcher:
                 values[node] = _entry(values[node.args[0]], _substitute(node.args[1], values))
             elif _is_record(node.target):
                 bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-                values[node] = _Record(_substitute(bound.arguments, values))
+                values[node] = _Record(_substitute(_entries(node.target, bound.arguments), values))
             elif node.target is getattr and isinstance(values.get(node.args[0]), _Record):
                 values[node] = values[node.args[0]].get(node.args[1])
             else:
@@ -262,7 +262,13 @@ class _Stitcher:
 
 
 def _entry(container: Any, index: Any) -> Any:
-    return list(container.values())[index] if isinstance(container, _Record) else container[index]
+    is_by_position = isinstance(container, _Record) and not isinstance(index, str)
+    return list(container.values())[index] if is_by_position else container[index]
+
+
+def _entries(record: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that a record has as entries: one that is a dict too leaves out those that are None."""
+    return {name: value for name, value in fields.items() if value is not None or not issubclass(record, dict)}
 
 
 class _Record(dict[str, Any]):

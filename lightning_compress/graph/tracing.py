@@ -7,7 +7,7 @@ import inspect
 import operator
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -426,6 +426,10 @@ class _ShallowTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and not self._is_owned(a):
             raise UntraceableError("its forward makes a tensor that a graph would freeze")
+        if isinstance(a, dict) and is_dataclass(a):
+            # The tracer would take it for a plain dict, which has neither attributes nor positions.
+            entries = {entry.name: self.create_arg(getattr(a, entry.name)) for entry in fields(a)}
+            return self.create_node("call_function", type(a), (), entries)
         return super().create_arg(a)
 
     def _is_owned(self, tensor: Tensor) -> bool:

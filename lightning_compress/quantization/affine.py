@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_compress.quantization.kept_memory import KeptMemory
+
 NO_CLAMP = (-math.inf, math.inf)
 """Bounds of an activation that has none."""
 
@@ -174,7 +176,12 @@ def weight_scales(weight: Tensor, bits: int) -> Tensor:
         >>> weight_scales(torch.tensor([[1.27, -0.5], [0.0, 0.0]]), bits=8)
         tensor([0.0100, 1.0000])
     """
-    largest = torch.linalg.vector_norm(weight.detach().float().flatten(1), ord=math.inf, dim=1)
+    rows = weight.detach().float().flatten(1)
+    if rows.device.type == "cpu":
+        # On a CPU torch runs `vector_norm` and `aminmax` element by element, these two with vector instructions.
+        largest = torch.maximum(rows.amax(1), -rows.amin(1))
+    else:
+        largest = torch.linalg.vector_norm(rows, ord=math.inf, dim=1)
     scales = largest / (2 ** (bits - 1) - 1)
     return torch.where(scales > torch.finfo(torch.float32).tiny, scales, torch.ones_like(scales))
 
@@ -195,10 +202,10 @@ def integer_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         ([[127, -50]], [0.009999999776482582])
     """
     scales = weight_scales(weight, bits)
-    return _rounded(weight.detach().float(), scales).to(torch.int8), scales
+    return (weight.detach().float() / _along_channels(scales, weight)).round_().to(torch.int8), scales
 
 
-def fake_quantize_weight(weight: Tensor, bits: int) -> Tensor:
+def fake_quantize_weight(weight: Tensor, bits: int, memory: KeptMemory | None = None) -> Tensor:
     """Round every output channel of ``weight`` to its symmetric grid; the gradient is passed on unchanged.
 
     Nothing is ever clipped, since the largest weight of a channel defines its grid, so the straight-through gradient
@@ -207,6 +214,7 @@ def fake_quantize_weight(weight: Tensor, bits: int) -> Tensor:
     Args:
         weight: Weight whose first dimension counts the output channels.
         bits: Bits of a weight, 2 to 8.
+        memory: Where a float32 result is laid while gradients are recorded; by default in memory of its own.
 
     Returns:
         Tensor like ``weight``.
@@ -215,23 +223,22 @@ def fake_quantize_weight(weight: Tensor, bits: int) -> Tensor:
         >>> fake_quantize_weight(torch.tensor([[3.0, -1.1, 0.4]]), bits=3)
         tensor([[ 3., -1.,  0.]])
     """
-    return _FakeQuantizeWeight.apply(weight, bits)  # type: ignore[no-any-return]
+    # Without gradients several threads may compute with one network, and a compiled graph plans its own memory.
+    keeps = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return _FakeQuantizeWeight.apply(weight, bits, memory if keeps else None)  # type: ignore[no-any-return]
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bits: int) -> Tensor:
-        scales = weight_scales(weight, bits)
-        rounded = _rounded(weight.float(), scales)
-        return rounded.mul_(_along_channels(scales, rounded)).to(weight.dtype)
+    def forward(ctx: Any, weight: Tensor, bits: int, memory: KeptMemory | None) -> Tensor:
+        scales = _along_channels(weight_scales(weight, bits), weight)
+        if memory is None or weight.dtype != torch.float32:
+            return (weight.float() / scales).round_().mul_(scales).to(weight.dtype)
+        return torch.div(weight, scales, out=memory.like(weight)).round_().mul_(scales)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-def _rounded(weight: Tensor, scales: Tensor) -> Tensor:
-    return (weight / _along_channels(scales, weight)).round_()
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None
 
 
 def _along_channels(scales: Tensor, weight: Tensor) -> Tensor:

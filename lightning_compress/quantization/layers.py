@@ -58,7 +58,7 @@ class RoundedWeight:
         # A batch norm that still learns its statistics takes up the bias and its rounding; only a last bias shows.
         if bias is None or self.norm is not None or scales.shape != bias.shape:
             return rounded, bias
-        return rounded, rounded_bias(self.state, self.input_index, bias, scales)
+        return rounded, rounded_bias(self.state, self.input_index, bias, scales).to(rounded.dtype)
 
 
 def rounded_bias(state: Quantization, input_index: int | None, bias: Tensor, scales: Tensor) -> Tensor:

@@ -125,17 +125,20 @@ class ActivationRanges:
         Raises:
             CompressionError: If an observed value is NaN or infinite (found here on the CPU, in `check` elsewhere).
         """
-        if not self._pending:
+        is_distributed = distributed.is_available() and distributed.is_initialized()
+        if not self._pending and not is_distributed:
             return
-        device = self._pending[0][1].device
+        # A process whose batch was empty has seen nothing, and still meets the others below.
+        device = self._pending[0][1].device if self._pending else self.minimum.device
         minimum, maximum = self.minimum.to(device), self.maximum.to(device)
-        indices = torch.tensor([index for index, _, _ in self._pending], device=device)
         least = torch.full_like(minimum, math.inf)
-        least = least.scatter_reduce(0, indices, torch.stack([low for _, low, _ in self._pending]), "amin")
         greatest = torch.full_like(maximum, -math.inf)
-        greatest = greatest.scatter_reduce(0, indices, torch.stack([high for _, _, high in self._pending]), "amax")
+        if self._pending:
+            indices = torch.tensor([index for index, _, _ in self._pending], device=device)
+            least = least.scatter_reduce(0, indices, torch.stack([low for _, low, _ in self._pending]), "amin")
+            greatest = greatest.scatter_reduce(0, indices, torch.stack([high for _, _, high in self._pending]), "amax")
         self._pending.clear()
-        if distributed.is_available() and distributed.is_initialized():
+        if is_distributed:
             distributed.all_reduce(least, distributed.ReduceOp.MIN)
             distributed.all_reduce(greatest, distributed.ReduceOp.MAX)
         self.minimum = self._averaged(minimum, least, math.inf)
@@ -214,6 +217,10 @@ class ActivationRanges:
         """Return the names of the quantizers that have seen nothing yet."""
         return [name for index, name in enumerate(self.names) if not self.is_seen(index)]
 
+    def always_zero(self) -> list[str]:
+        """Return the names of the quantizers that have seen data, and nothing in it but zeros."""
+        return [name for name, extremes in self.as_dict().items() if extremes == (0.0, 0.0)]
+
     def as_dict(self) -> dict[str, tuple[float, float]]:
         """Return the averaged range of every quantizer that has seen data."""
         pairs = zip(self.names, self.minimum.tolist(), self.maximum.tolist(), strict=True)
@@ -251,8 +258,8 @@ class ActivationRanges:
         self._renew()
 
     def _renew(self) -> None:
-        self._parameters = None
-        scales, zero_points = self._compute()
+        # Kept here and not at the first use: a compiled network would be compiled once more for that step.
+        self._parameters = scales, zero_points = self._compute()
         seen = (~self.minimum.isinf()).tolist()
         self._grids = [
             AffineGrid(scale, int(zero_point), bits) if is_seen else None

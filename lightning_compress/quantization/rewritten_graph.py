@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -134,6 +135,7 @@ def _edited(
     copies: dict[fx.Node, fx.Node] = {}
     result = copy.graph_copy(graph, copies)
     copy.output(result)
+    _keep_self_free_(copy)
     # What a later operation overwrites: an in-place rounding needs its result for backward, so it must not lie there.
     overwritten: set[fx.Node] = set()
     for node in graph.nodes:
@@ -166,6 +168,14 @@ def _edited(
         activation = module.get_submodule(str(node.target)) if takes_over_module else None
         places.append(QuantizerSite(state, index, place.clamp, in_place, producer, activation, place.is_constant))
     return copy
+
+
+def _keep_self_free_(graph: fx.Graph) -> None:
+    """Rename what is called ``self``, the result of a child of that name: in the code it would hide the module."""
+    taken = {node.name for node in graph.nodes}
+    for node in graph.nodes:
+        if node.name == "self":
+            node.name = next(name for name in map("self_{}".format, itertools.count(1)) if name not in taken)
 
 
 def _is_taken_over(node: fx.Node, sites: Mapping[fx.Node, tuple[Place, int]]) -> bool:

@@ -236,7 +236,7 @@ def _module_role(operation: Operation, excluded: Collection[int | fx.Node | None
     if isinstance(target, NORMS):
         return "float" if target.running_mean is None else "norm"
     if isinstance(target, _POOLS):
-        return "arithmetic"
+        return "float" if getattr(target, "ceil_mode", False) else "arithmetic"
     if isinstance(target, _TRANSPARENT_MODULES) or (isinstance(target, _CONSTANT_PADS) and target.value == 0):
         return "transparent"
     if isinstance(target, nn.Upsample) and target.mode == "nearest":
@@ -252,6 +252,8 @@ def _function_role(operation: Operation, excluded: Collection[int | fx.Node | No
         return "attention"
     if target in _PRODUCTS or (target is torch.einsum and is_matrix_product(operation)):
         return "product" if len(operation.inputs) == 2 else "float"
+    if operation.node is not None and _averages_past_the_border(operation.node):
+        return "float"
     if operation.node is not None and is_spatial_mean(operation.node):
         return "arithmetic"
     if operation.node is not None and (_pads_with_own_values(operation.node) or _repeats_pixels(operation.node)):
@@ -276,6 +278,13 @@ def has_own_weight(operation: Operation) -> bool:
     if node is None or len(node.args) < 2 or not all(isinstance(value, fx.Node) for value in node.args[:2]):
         return False
     return operation.inputs[1].is_constant and not operation.inputs[0].is_constant
+
+
+def _averages_past_the_border(node: fx.Node) -> bool:
+    """Tell whether ``node`` is an average pooling with ``ceil_mode``, which ONNX Runtime gets wrong in integers."""
+    if node.target not in (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d):
+        return False
+    return bool(node.kwargs.get("ceil_mode", node.args[4] if len(node.args) > 4 else False))
 
 
 def _pads_with_own_values(node: fx.Node) -> bool:

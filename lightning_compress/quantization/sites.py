@@ -49,8 +49,8 @@ class QuantizerSite:
         self.is_constant = is_constant
 
     def __call__(self, x: Any) -> Any:
-        """Round ``x``, or only watch it before quantization starts; what is no floating-point tensor passes through."""
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        """Round ``x``, or only watch it before quantization starts; what is empty or no float tensor passes."""
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
             return x
         state = self.state
         if self.activation is not None and has_hooks(self.activation):

@@ -149,6 +149,11 @@ class Quantization:
             and not self.ranges.is_seen(forward.weight.input_index)
         ]
 
+    def recurrent_layers(self) -> list[str]:
+        """Return the names of torch's recurrent layers and cells: they have no integer form and stay in float."""
+        kinds = (nn.RNNBase, nn.RNNCellBase)
+        return [name for name, module in self.model.named_modules() if isinstance(module, kinds)]
+
     def state_dict(self) -> dict[str, Any]:
         """Return settings, phase and ranges as plain types and CPU tensors."""
         return {
@@ -298,14 +303,21 @@ def calibrate(
 
 
 def check_finite_weights(model: nn.Module) -> None:
-    """Check that the weights of all layers that can be quantized are finite.
+    """Check that the weights of all layers that can be quantized are finite, and that no parameter is NaN.
 
     Raises:
-        CompressionError: If one is NaN or infinite; the message names the layer.
+        CompressionError: If one is not; the message names the layer or the parameter.
     """
     for name, module in model.named_modules():
         if isinstance(module, QUANTIZABLE_LAYERS) and not torch.isfinite(module.weight).all():
             raise CompressionError(
                 f"The weight of layer `{name}` is NaN or infinite and cannot be compressed. "
+                "Start from a checkpoint from before the training diverged."
+            )
+    for name, parameter in model.named_parameters():
+        # Infinity may be meant, as in a mask; NaN never is.
+        if parameter.is_floating_point() and parameter.isnan().any():
+            raise CompressionError(
+                f"The parameter `{name}` is NaN and cannot be compressed. "
                 "Start from a checkpoint from before the training diverged."
             )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_compress.quantization.affine import fake_quantize_weight, integer_weight, weight_scales
 from lightning_compress.quantization.estimators import RangeMethod
+from lightning_compress.quantization.kept_memory import KeptMemory
 from lightning_compress.quantization.step_sizes import quantize_with_step
 
 START_SHARES = (1.0, 0.8, 0.6, 0.45, 0.3, 0.2)
@@ -28,6 +29,7 @@ class WeightQuantizer:
         method: How scales are found: by the largest weight, or by the least squared error where ``"mse"`` or
             ``"learned"``. ``"percentile"`` is for activations: weights have no outliers in it.
         step: The learned scales, shape (channels,), once they are learned; they take the place of ``method``.
+        memory: Where the rounded weight is laid.
 
     Example:
         >>> quantizer = WeightQuantizer(bits=3)
@@ -39,6 +41,7 @@ class WeightQuantizer:
     axis: int = 0
     method: RangeMethod = "minmax"
     step: Tensor | None = None
+    memory: KeptMemory = field(default_factory=KeptMemory, repr=False, compare=False)
 
     @property
     def largest(self) -> int:
@@ -61,7 +64,7 @@ class WeightQuantizer:
         elif self.method in ("mse", "learned"):
             result = quantize_with_step(channels_first, self.scales(weight), -self.largest, self.largest)
         else:
-            result = fake_quantize_weight(channels_first, self.bits)
+            result = fake_quantize_weight(channels_first, self.bits, self.memory)
         return result if self.axis == 0 else result.transpose(0, self.axis)
 
     def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:

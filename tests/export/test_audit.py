@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.export import export_onnx
-from lightning_compress.export.audit import AuditReport, AuditRow
+from lightning_compress.export.audit import AuditReport, AuditRow, audit
 from tests.small_networks import NETWORKS, Residual, images, plain, quantized, warmed
 
 COUNTS = {
@@ -49,6 +49,23 @@ def test_an_excluded_layer_is_named_with_a_reason(tmp_path: Path) -> None:
     (row,) = report.floats()
     assert row.name.startswith("conv3/Conv")
     assert (row.kind, row.reason) == ("conv", "its weight is in float")
+
+
+def test_multiply_accumulates_are_those_of_the_run(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 7, 3), nn.Flatten(), nn.Linear(112, 4))
+    quantized(model, exclude=["2"])
+    report = export_onnx(model, images(2), tmp_path / "model.onnx").audit
+    # Two images: 5 x 6 x 6 sums of 27 products, 7 x 4 x 4 of 45, 4 of 112.
+    assert [(row.is_integer, row.macs) for row in report.rows] == [(True, 9720), (False, 10080), (True, 896)]
+    assert report.integer_mac_share == 10616 / 20696
+    assert "; 51.3 % of the multiply-accumulates" in report.to_text()
+
+
+def test_without_inputs_nothing_is_counted(tmp_path: Path) -> None:
+    path = export_onnx(nn.Linear(4, 2), torch.rand(2, 4), tmp_path / "model.onnx").path
+    report = audit(path)
+    assert (report.rows[0].macs, report.integer_mac_share) == (0, None)
 
 
 class TransposedBetween(nn.Module):

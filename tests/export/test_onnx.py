@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +137,11 @@ def test_batches_may_name_their_inputs_in_another_order(tmp_path: Path) -> None:
     assert result.parity.snr_db > 100.0
 
 
-@dataclass
-class Fields:
+class Distribution:
     """What an ONNX file cannot hold."""
 
-    logits: Tensor
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
 
 
 class Returns(nn.Module):
@@ -158,14 +157,15 @@ class Returns(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("wrap", "found"), [(Fields, "a `Fields`"), (lambda logits: None, "no tensor"), (lambda logits: 1, "no tensor")]
+    ("wrap", "found"),
+    [(Distribution, "a `Distribution`"), (lambda logits: None, "no tensor"), (lambda logits: 1, "no tensor")],
 )
 def test_a_result_that_no_file_can_hold_is_named(wrap: Any, found: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError) as caught:
         export_onnx(Returns(wrap), torch.rand(2, 4), tmp_path / "model.onnx")
     assert str(caught.value) == (
         f"The forward of `Returns` returns {found}, which an ONNX file cannot hold. "
-        "Return a tensor, or tuples, lists and dicts of tensors."
+        "Return a tensor, or tuples, lists, dicts and dataclasses of tensors."
     )
 
 
@@ -176,7 +176,7 @@ def looks_at_its_values(logits: Tensor) -> Tensor:
 def test_a_failed_export_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"the last good file")
-    with pytest.raises(ExportError, match=r"^`torch.export` cannot follow the forward of `Returns`: "):
+    with pytest.raises(ExportError, match=r"^`Returns` cannot be exported as a whole, because "):
         export_onnx(Returns(looks_at_its_values), torch.rand(2, 4), path)
     assert path.read_bytes() == b"the last good file"
     assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
@@ -266,3 +266,18 @@ def test_a_causal_mask_of_minus_infinity_is_exported(tmp_path: Path) -> None:
     quantized(model)
     result = export_onnx(model, images(), tmp_path / "model.onnx")
     assert result.parity.snr_db > 25.0
+
+
+def test_a_model_that_needs_its_batch_size_is_exported_for_the_one_it_got(tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.layer(x) + torch.arange(int(x.shape[0])).tolist()[-1]
+
+    torch.manual_seed(0)
+    result = export_onnx(Fixed(), torch.rand(3, 4), tmp_path / "model.onnx")
+    assert not result.has_dynamic_batch
+    assert result.parity.snr_db > 100.0

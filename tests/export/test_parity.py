@@ -12,7 +12,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from lightning_compress.errors import ParityError
+from lightning_compress.errors import ExportError, ParityError
 from lightning_compress.export import export_onnx
 from lightning_compress.export import onnx as onnx_module
 from lightning_compress.export.onnx import WrittenFile, write_onnx
@@ -148,4 +148,23 @@ def test_a_damaged_file_is_an_error_that_names_the_place(tmp_path: Path, monkeyp
     assert tail.endswith(
         " dB were expected. The first layer that differs is `relu_1`. The file is kept for inspection."
     )
+    assert path.exists()
+
+
+def test_a_file_that_the_runtime_cannot_open_is_an_error_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_and_break(*args: object) -> WrittenFile:
+        written = write_onnx(*args)  # type: ignore[arg-type]
+        model = onnx.load(written.path)
+        model.graph.node[0].domain = "nowhere"
+        onnx.save(model, written.path)
+        return written
+
+    monkeypatch.setattr(onnx_module, "write_onnx", write_and_break)
+    path = tmp_path / "model.onnx"
+    with pytest.raises(ExportError) as caught:
+        export_onnx(nn.Linear(2, 2), torch.rand(2, 2), path)
+    assert str(caught.value).startswith(f"ONNX Runtime cannot open `{path}`: ")
+    assert str(caught.value).endswith(" The file is kept for inspection.")
     assert path.exists()
