@@ -42,16 +42,19 @@ class QuantizationAwareTraining(pl.Callback):
     Until ``start`` the model trains in plain float; shortly before, activation ranges begin to be observed. From
     ``start`` on weights are rounded to symmetric integers per output channel, in [-127, 127] at 8 bits, and
     activations to affine integers per tensor, over moving averages of their ranges; gradients pass straight through.
-    From ``freeze`` on the ranges and the batch-norm statistics stay as they are, and every batch norm computes as
-    the folded layer that is exported. In `Trainer.validate` and `Trainer.test` too, also after the fit, the model
-    computes with the integers; `strip` gives the float model back.
+    Below 7 bits the scales of both are learned: begun at the least squared error and trained by an optimizer of our own
+    after every optimizer step (`lightning_compress.quantization.step_sizes`); the module, its state dict and the user's
+    optimizer do not know them. From ``freeze`` on scales, ranges and the batch-norm statistics stay as they are, and
+    every batch norm computes as the folded layer that is exported. In `Trainer.validate` and `Trainer.test` too, also
+    after the fit, the model computes with the integers; `strip` gives the float model back.
 
     The LightningModule, its layers, hooks and state-dict keys stay as they are. Ranges travel in every checkpoint of
     the module. The phase is logged as ``compress/quantization_phase``: 0 float, 1 observing, 2 quantized, 3 frozen.
 
     Args:
         weight_bits: Bits of weights, 2 to 8.
-        activation_bits: Bits of activations, 2 to 8; inputs and results of the network keep 8.
+        activation_bits: Bits of the activations that layers and matrix products read, 2 to 8. Inputs and results of
+            the network keep 8, and so does what only additions and poolings read: no runtime has kernels below that.
         start: When rounding begins: a share of the run (float) or optimizer steps (int).
         freeze: When ranges and batch-norm statistics are frozen: a share of the run (float) or optimizer steps (int).
             Best when the learning rate is already small: without statistics of its own batch a network takes large

@@ -162,7 +162,7 @@ class ActivationRanges:
         return [
             index
             for index, method in enumerate(self.methods)
-            if method == "learned" and index not in self.learned and not self.minimum[index].isinf()
+            if method == "learned" and index not in self.learned and self._grids[index] is not None
         ]
 
     def initial_step(self, index: int) -> Tensor:

@@ -162,7 +162,8 @@ class StepSizes:
             factor: What the learning rate is multiplied by, of a schedule from 1 to 0.
         """
         leaves = list(self.leaves.values())
-        if not any(leaf.grad is not None for leaf in leaves) and not _is_distributed():
+        has_gradients = any(leaf.grad is not None for leaf in leaves)
+        if not leaves or not (has_gradients or _is_distributed()):
             return
         steps = torch.cat([leaf.detach().flatten() for leaf in leaves])
         gradients = torch.cat(

@@ -93,3 +93,15 @@ def test_the_learned_scale_of_the_input_reaches_the_integer_bias() -> None:
     grid = quantization.ranges.grid(index)
     assert grid is not None
     assert quantization.ranges.parameters(index)[0].item() == grid.scale
+
+
+def test_a_compiled_network_learns_the_same_in_one_graph() -> None:
+    net, quantization = learning(nn.ReLU6())
+    x = torch.randn(8, 4)
+    net(x).square().sum().backward()
+    expected = {name: leaf.grad for name, leaf in quantization.steps.leaves.items()}
+    for leaf in quantization.steps.leaves.values():
+        leaf.grad = None
+    torch.compile(net, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
+    for name, leaf in quantization.steps.leaves.items():
+        torch.testing.assert_close(leaf.grad, expected[name])

@@ -172,3 +172,7 @@ def test_a_late_comer_begins_with_fresh_averages() -> None:
     backward(late)
     steps.update()
     assert late.item() == pytest.approx(2.0 * math.exp(-0.01))
+
+
+def test_an_update_of_no_steps_is_none() -> None:
+    StepSizes(learning_rate=0.01).update()
