@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -15,7 +16,7 @@ OPSETS = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
 
 
 def macs_of_one(
-    op_type: str, shapes: list[tuple[int, ...]], folder: Path, domain: str = "", opset: int = 20, **settings: object
+    op_type: str, shapes: Sequence[tuple[int, ...]], folder: Path, domain: str = "", opset: int = 20, **settings: object
 ) -> int:
     """Count the multiply-accumulates of one operation on inputs of ``shapes``."""
     names = [f"input_{position}" for position in range(len(shapes))]
