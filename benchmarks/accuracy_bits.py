@@ -7,6 +7,7 @@ of the last step are scored on all 10,000 test images, in torch and in the expor
 convolution, classifier and the model's input keep 8 bits.
 
 Run it in pieces with ``--depths``, ``--jobs`` and ``--seeds``: what is in ``benchmarks/out`` is not measured again.
+``--ranges`` compares ways to find the scales; ``--images`` shortens the epoch for that.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -32,11 +35,19 @@ from examples.fashion_mnist import load_images
 from examples.image_data import Batch, ImageData, ImageSet
 from examples.networks import ResNet, student
 from lightning_compress import OnnxExport, QuantizationAwareTraining
+from lightning_compress.quantization.estimators import RangeMethod
 
 FLOAT = Budget(epochs=4, learning_rate=0.2, weight_decay=5e-4)
 FINE_TUNE = Budget(epochs=1, learning_rate=0.02, weight_decay=1e-4)
 BATCH_SIZE = 125
 JOBS = ("fp32", "W8A8", "W4A8", "W4A4", "W3A3", "W2A4")
+RANGES: dict[str, RangeMethod | None] = {
+    "default": None,
+    "minmax": "minmax",
+    "percentile": "percentile",
+    "mse": "mse",
+    "learned": "learned",
+}
 
 
 def main() -> None:
@@ -48,8 +59,11 @@ def main() -> None:
     for depth in options.depths:
         for seed in options.seeds:
             records.get(partial(_float, images, depth, seed), job="fp32, 4 epochs", depth=depth, seed=seed)
-            for job in options.jobs:
-                records.get(partial(_fine_tuned, images, depth, seed, job), job=job, depth=depth, seed=seed)
+            for job, ranges in product(options.jobs, options.ranges):
+                measure = partial(_fine_tuned, images, depth, seed, job, RANGES[ranges], options.images)
+                name = job + (f" {ranges}" if RANGES[ranges] else "")
+                name += f", {options.images} images" if options.images else ""
+                records.get(measure, job=name, depth=depth, seed=seed)
     for depth in options.depths:
         print(f"\nResNet-{depth}, {images.name}\n\n{markdown_table(_table(records.rows, depth))}")
 
@@ -123,16 +137,21 @@ def _float(images: ImageSet, depth: int, seed: int) -> dict[str, Any]:
     return {"accuracy_torch": accuracy, "seconds": seconds}
 
 
-def _fine_tuned(images: ImageSet, depth: int, seed: int, job: str) -> dict[str, Any]:
+def _fine_tuned(
+    images: ImageSet, depth: int, seed: int, job: str, ranges: RangeMethod | None, n_images: int | None
+) -> dict[str, Any]:
     network = student(depth)
     network.load_state_dict(torch.load(_path(depth, seed), weights_only=True))
-    path = OUT / f"accuracy_bits_resnet{depth}_{job}_seed_{seed}.onnx"
+    path = OUT / f"accuracy_bits_resnet{depth}_{job}_{ranges}_seed_{seed}.onnx"
+    part = replace(images, train_images=images.train_images[:n_images], train_labels=images.train_labels[:n_images])
     callbacks: list[L.Callback] = [OnnxExport(path, latency=False)]
     if job != "fp32":
         weight_bits, activation_bits = int(job[1]), int(job[3])
-        callbacks.append(QuantizationAwareTraining(weight_bits=weight_bits, activation_bits=activation_bits))
+        callbacks.append(
+            QuantizationAwareTraining(weight_bits=weight_bits, activation_bits=activation_bits, ranges=ranges)
+        )
     # Another seed than the checkpoint's: its first epoch must not be seen a second time.
-    classifier, seconds = _train(f"{job}, seed {seed}", network, images, FINE_TUNE, seed + 77, callbacks)
+    classifier, seconds = _train(f"{job}, seed {seed}", network, part, FINE_TUNE, seed + 77, callbacks)
     in_torch = predict(classifier, ImageData(images).test_dataloader())
     in_runtime = predict_onnx(path, ImageData(images).test_dataloader())
     return {
@@ -146,7 +165,8 @@ def _fine_tuned(images: ImageSet, depth: int, seed: int, job: str) -> dict[str, 
 
 def _table(rows: Sequence[Row], depth: int) -> list[dict[str, Any]]:
     lines = []
-    for job in JOBS:
+    jobs = dict.fromkeys([*JOBS, *sorted(row["job"] for row in rows if "accuracy" in row)])
+    for job in jobs:
         found = [row for row in rows if row["depth"] == depth and row["job"] == job]
         if found:
             lines.append(
@@ -171,6 +191,8 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", nargs="+", type=int, default=[8, 20], help="of the ResNets")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
+    parser.add_argument("--ranges", nargs="+", choices=RANGES, default=["default"])
+    parser.add_argument("--images", type=int, help="fine-tune on so many images only")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data", help="folder with the files of Fashion-MNIST")
     return parser.parse_args()

@@ -42,7 +42,7 @@ class RoundedWeight:
     def __call__(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias to compute with."""
         quantizer = self.state.weights[self.name]
-        if self.state.is_learning and quantizer.step is None:
+        if self.state.is_learning and quantizer.step is None and torch.is_grad_enabled():
             self.state.learn_weight(self.name, weight)  # a weight that only its call knows
         rounded = quantizer.rounded(weight)
         folds = self.norm is not None and not self.norm.training
