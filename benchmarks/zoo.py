@@ -110,6 +110,7 @@ def main() -> None:
 def _line(row: dict[str, Any]) -> dict[str, Any]:
     share = row.get("integer_mac_share")
     parity = row.get("snr_db")
+    is_classifier = row["task"] in ("classification", "video")
     counts = {kind: f"{integer}/{total} {kind}" for kind, (integer, total) in row.get("counts", {}).items()}
     return {
         "model": row["model"],
@@ -118,7 +119,7 @@ def _line(row: dict[str, Any]) -> dict[str, Any]:
         "status": row["status"] + (f" ({row['part']} alone)" if row.get("part") else ""),
         "parity, dB": "" if parity is None else f"{parity:.1f}",
         "torch - torch, dB": "" if parity is None else f"{row['own_snr_db']:.1f}",
-        "top-1 agreement": "" if row.get("top1") is None else f"{100 * row['top1']:.0f} %",
+        "top-1 agreement": f"{100 * row['top1']:.0f} %" if row.get("top1") is not None and is_classifier else "",
         "MACs in integers": "" if share is None else f"{100 * share:.1f} %",
         "operations in integers": ", ".join(counts.values()),
         "file / fp32 weights": "" if "bytes" not in row else round(row["bytes"] / row["weight_bytes"], 2),
