@@ -7,7 +7,8 @@ of the last step are scored on all 10,000 test images, in torch and in the expor
 convolution, classifier and the model's input keep 8 bits.
 
 Run it in pieces with ``--depths``, ``--jobs`` and ``--seeds``: what is in ``benchmarks/out`` is not measured again.
-``--ranges`` compares ways to find the scales; ``--images`` shortens the epoch for that.
+``--ranges`` compares ways to find the scales; ``--images`` shortens the epoch for that. With ``--checkpoint`` all seeds
+fine-tune one float checkpoint.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ def main() -> None:
     records = Records("accuracy_bits")
     for depth in options.depths:
         for seed in options.seeds:
-            records.get(partial(_float, images, depth, seed), job="fp32, 4 epochs", depth=depth, seed=seed)
+            start = seed if options.checkpoint is None else options.checkpoint
+            records.get(partial(_float, images, depth, start), job="fp32, 4 epochs", depth=depth, seed=start)
             for job, ranges in product(options.jobs, options.ranges):
-                measure = partial(_fine_tuned, images, depth, seed, job, RANGES[ranges], options.images)
+                measure = partial(_fine_tuned, images, depth, start, seed, job, RANGES[ranges], options.images)
                 name = job + (f" {ranges}" if RANGES[ranges] else "")
                 name += f", {options.images} images" if options.images else ""
                 records.get(measure, job=name, depth=depth, seed=seed)
@@ -138,10 +140,16 @@ def _float(images: ImageSet, depth: int, seed: int) -> dict[str, Any]:
 
 
 def _fine_tuned(
-    images: ImageSet, depth: int, seed: int, job: str, ranges: RangeMethod | None, n_images: int | None
+    images: ImageSet,
+    depth: int,
+    checkpoint: int,
+    seed: int,
+    job: str,
+    ranges: RangeMethod | None,
+    n_images: int | None,
 ) -> dict[str, Any]:
     network = student(depth)
-    network.load_state_dict(torch.load(_path(depth, seed), weights_only=True))
+    network.load_state_dict(torch.load(_path(depth, checkpoint), weights_only=True))
     path = OUT / f"accuracy_bits_resnet{depth}_{job}_{ranges}_seed_{seed}.onnx"
     part = replace(images, train_images=images.train_images[:n_images], train_labels=images.train_labels[:n_images])
     callbacks: list[L.Callback] = [OnnxExport(path, latency=False)]
@@ -159,6 +167,7 @@ def _fine_tuned(
         "accuracy": percent_equal(in_runtime, images.test_labels),
         "agreement": percent_equal(in_torch, in_runtime),
         "file_bytes": path.stat().st_size,
+        "checkpoint": checkpoint,
         "seconds": seconds,
     }
 
@@ -194,6 +203,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--ranges", nargs="+", choices=RANGES, default=["default"])
     parser.add_argument("--images", type=int, help="fine-tune on so many images only")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--checkpoint", type=int, help="seed of one float checkpoint for all; by default each its own")
     parser.add_argument("--data", help="folder with the files of Fashion-MNIST")
     return parser.parse_args()
 

@@ -93,7 +93,7 @@ def main() -> None:
         return
     print_machine()
     records = Records(options.records)
-    names = [name for name in _names() if not options.models or name in options.models]
+    names = options.models or _names()
     names = [name for name in names if not options.family or _family(name) in options.family]
     names = [name for name in names if not options.task or _task(name) in options.task]
     if options.again:
@@ -209,7 +209,7 @@ def _child(name: str, folder: Path) -> None:
         weight_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
         progress.row["weight_bytes"] = weight_bytes
         size = 2 if weight_bytes > GIANT_BYTES or _task(name) not in ("classification", "segmentation") else 4
-        size = 1 if _family(name) in ("mvit", "s3d") else size
+        size = {"mvit": 1, "s3d": 1, "maxvit": 2}.get(_family(name), size)
         _warm_up(model, name, size)
     with progress.stage("prepare"):
         quantization = prepare(model)

@@ -263,9 +263,9 @@ class QuantizationAwareTraining(pl.Callback):
         dead = quantization.ranges.always_zero()
         if dead:
             rank_zero_warn(
-                f"{len(dead)} values of the network were zero in all that was observed: "
-                f"{', '.join(f'`{name}`' for name in dead[:5])}. What leads there is dead: it ships as zeros and "
-                "learns nothing. Check the initialization and the learning rate, or leave the layers out."
+                f"Nothing but zeros was observed at {', '.join(f'`{name}`' for name in dead[:5])}"
+                f"{f' and {len(dead) - 5} more places' if len(dead) > 5 else ''}. What leads there is dead: it learns "
+                "nothing and ships as zeros. Check the initialization and the learning rate."
             )
 
     @override

@@ -32,7 +32,7 @@ from lightning_compress.export.parity import ParityReport, compare_outputs, firs
 from lightning_compress.export.parts import UnexportableError, exportable_part, obstacle, untranslated
 from lightning_compress.export.program import output_names, to_onnx
 from lightning_compress.export.session import import_onnxruntime, open_session, run_session
-from lightning_compress.export.translation import keep_in_float_, rename_
+from lightning_compress.export.translation import keep_in_float_, rename_, turn_weights_
 from lightning_compress.quantization import quantization_of
 
 MIN_SNR_DB_INTEGER = 20.0
@@ -186,6 +186,7 @@ def write_onnx(model: nn.Module, example_inputs: Inputs, path: str | os.PathLike
         raise UnexportableError(type(model).__name__, path or obstacle(lowered, error), reason, part) from error
     rename_(proto, names)
     keep_in_float_(proto.graph)
+    turn_weights_(proto.graph)
     packed = pack_weights_(proto)
     write_model(proto, Path(path))
     return WrittenFile(

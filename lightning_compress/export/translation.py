@@ -144,3 +144,37 @@ def keep_in_float_(graph: onnx.GraphProto) -> None:
             graph.initializer.append(onnx.numpy_helper.from_array(value, lowest))
             kept = onnx.helper.make_node("Max", [node.output[0], lowest], [result], name=f"{node.name}/float")
             graph.node.insert(position + 1, kept)
+
+
+def turn_weights_(graph: onnx.GraphProto) -> None:
+    """Store the weight of a linear layer the way round in which it is multiplied, and drop the `Transpose` behind it.
+
+    ONNX Runtime does so itself where one layer reads the weight; where two calls share it, it would leave both in
+    float.
+    """
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    replaced: dict[str, str] = {}
+    for name, tensor in initializers.items():
+        dequantizes = readers.get(name, [])
+        transposes = [node for reader in dequantizes for node in readers.get(reader.output[0], [])]
+        if len(tensor.dims) != 2 or not transposes or not all(map(_is_weight_reader, dequantizes)):
+            continue
+        if all(node.op_type == "Transpose" for node in transposes):
+            turned = onnx.numpy_helper.to_array(tensor).T.copy()
+            tensor.CopyFrom(onnx.numpy_helper.from_array(turned, name))
+            for node in dequantizes:
+                next(item for item in node.attribute if item.name == "axis").i ^= 1
+            replaced |= {node.output[0]: node.input[0] for node in transposes}
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            node.input[position] = replaced.get(name, name)
+    for node in [node for node in graph.node if node.op_type == "Transpose" and node.output[0] in replaced]:
+        graph.node.remove(node)
+
+
+def _is_weight_reader(node: onnx.NodeProto) -> bool:
+    return node.op_type == "DequantizeLinear" and any(item.name == "axis" for item in node.attribute)

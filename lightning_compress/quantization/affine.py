@@ -127,6 +127,30 @@ def fake_quantize_(x: Tensor, grid: AffineGrid, clamp: tuple[float, float] = NO_
     return _FakeQuantizeInPlace.apply(x, grid, clamp)  # type: ignore[no-any-return]
 
 
+def fake_quantize_traced(
+    x: Tensor, scale: Tensor, zero_point: Tensor, largest: int, clamp: tuple[float, float] = NO_CLAMP
+) -> Tensor:
+    """Round ``x`` as `fake_quantize` does, to a grid given as tensors, in operations that a compiler fuses.
+
+    The native `torch.fake_quantize_per_tensor_affine` stays a call of its own in compiled code.
+
+    Args:
+        x: Floating-point tensor of any shape.
+        scale: Scale of the grid, 0-d.
+        zero_point: Zero point of the grid, 0-d.
+        largest: The largest integer of the grid.
+        clamp: Bounds of the activation that this rounding takes over, such as ``(0.0, inf)`` for a ReLU.
+
+    Returns:
+        Tensor like ``x``.
+
+    Example:
+        >>> fake_quantize_traced(torch.tensor([-1.0, 0.2, 0.3, 9.0]), torch.tensor(0.5), torch.tensor(1), largest=3)
+        tensor([-0.5000,  0.0000,  0.5000,  1.0000])
+    """
+    return _FakeQuantizeTraced.apply(x, scale, zero_point, largest, clamp)  # type: ignore[no-any-return]
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: AffineGrid, clamp: tuple[float, float]) -> Tensor:
@@ -160,6 +184,26 @@ class _FakeQuantizeInPlace(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (rounded,) = ctx.saved_tensors
         return torch.ops.aten.hardtanh_backward(gradients[0], rounded, *ctx.bounds), None, None
+
+
+class _FakeQuantizeTraced(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, largest: int, clamp: tuple[float, float]
+    ) -> Tensor:
+        low, high = -zero_point.float(), largest - zero_point.float()
+        if clamp[0] > -math.inf:
+            low = torch.maximum(low, torch.round(clamp[0] / scale))
+        if clamp[1] < math.inf:
+            high = torch.minimum(high, torch.round(clamp[1] / scale))
+        rounded = torch.minimum(torch.maximum(torch.round(x.float() / scale), low), high) * scale
+        ctx.save_for_backward(x, ((low - 0.5) * scale).clamp(min=clamp[0]), ((high + 0.5) * scale).clamp(max=clamp[1]))
+        return rounded.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        x, least, greatest = ctx.saved_tensors
+        return gradients[0] * ((x > least) & (x < greatest)), None, None, None, None
 
 
 def weight_scales(weight: Tensor, bits: int) -> Tensor:

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_compress.graph import attention
-from lightning_compress.quantization.affine import NO_CLAMP, affine_parameters, fake_quantize, fake_quantize_
+from lightning_compress.quantization.affine import (
+    NO_CLAMP,
+    affine_parameters,
+    fake_quantize,
+    fake_quantize_,
+    fake_quantize_traced,
+)
 from lightning_compress.quantization.step_sizes import quantize_with_step
 
 if TYPE_CHECKING:
@@ -102,8 +108,7 @@ class QuantizerSite:
         largest = torch.tensor([float(2 ** ranges.bits[self.index] - 1)], device=x.device)
         minimum, maximum = torch.aminmax(x.detach())
         scale, zero_point = affine_parameters(minimum.view(1), maximum.view(1), largest, ranges.symmetric)
-        settings = (scale[0], zero_point[0].to(torch.int32), 0, 2 ** ranges.bits[self.index] - 1)
-        return torch.fake_quantize_per_tensor_affine(x.float(), *settings).to(x.dtype)
+        return self._on_grid(x, scale[0], zero_point[0].to(torch.int32))
 
     def _may_overwrite(self, x: Tensor) -> bool:
         is_kept = any(module is not None and has_hooks(module) for module in (self.producer, self.activation))
@@ -113,17 +118,20 @@ class QuantizerSite:
         ranges = self.state.ranges
         if not ranges.is_seen(self.index) and not self.state.is_observing:
             return x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
-        clamped = x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
         if not ranges.is_seen(self.index):
+            clamped = x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
             ranges.start_from(self.index, *self._range(x))
             grid = ranges.grid(self.index)
             return clamped if grid is None else fake_quantize(clamped, grid)
         scale, zero_point = ranges.parameters(self.index)
-        largest = 2 ** ranges.bits[self.index] - 1
-        rounded = torch.fake_quantize_per_tensor_affine(
-            clamped.float(), scale.to(x.device), zero_point.to(x.device), 0, largest
-        )
-        return rounded.to(x.dtype)
+        return self._on_grid(x, scale.to(x.device), zero_point.to(x.device))
+
+    def _on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        largest = 2 ** self.state.ranges.bits[self.index] - 1
+        if torch.compiler.is_compiling():
+            return fake_quantize_traced(x, scale, zero_point, largest, self.clamp)
+        clamped = x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
+        return torch.fake_quantize_per_tensor_affine(clamped.float(), scale, zero_point, 0, largest).to(x.dtype)
 
     def _round_with_step(self, x: Tensor) -> Tensor:
         grid = self.state.ranges.learned[self.index]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from tests.any_model.journey import Batch
+TensorBatch = Callable[[int, int], Tensor]
+"""Makes one tensor: how many samples, and a seed."""
 
 
-def random_values(*shape: int) -> Batch:
+def random_values(*shape: int) -> TensorBatch:
     """Return batches of values in [-1.5, 1.5), each sample of ``shape``."""
 
     def batch(n_samples: int, seed: int) -> Tensor:
@@ -17,7 +20,7 @@ def random_values(*shape: int) -> Batch:
     return batch
 
 
-def random_integers(limit: int, *shape: int) -> Batch:
+def random_integers(limit: int, *shape: int) -> TensorBatch:
     """Return batches of integers below ``limit``, each sample of ``shape``."""
 
     def batch(n_samples: int, seed: int) -> Tensor:

@@ -30,7 +30,7 @@ class PadsOddSizes(nn.Module):
     def forward(self, x: Tensor) -> Any:
         if x.shape[-1] % 3:
             x = F.pad(x, (0, 3 - x.shape[-1] % 3))
-        if not torch.jit.is_scripting() and x.dim() != 4:
+        if x.dim() != 4:
             raise ValueError(f"Expected images, got {x.dim()} dimensions.")
         return F.relu(self.norm(self.conv(x)))
 
@@ -56,11 +56,10 @@ class Experts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.router = nn.Linear(8, 2)
         self.experts = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Any:
-        choice = self.router(x).argmax(1)
+        choice = (x.mean(1) > x.mean()).long()
         result = torch.zeros_like(x)
         for index, expert in enumerate(self.experts):
             chosen = choice == index
@@ -129,7 +128,7 @@ def test_control_flow_on_values_trains_with_rounding_around_and_inside_it() -> N
         parameter.grad is None for parameter in plain.parameters()
     ]
     assert quantization.layer_bits.keys() == {
-        *("features.0", "experts.router", "head"),
+        *("features.0", "head"),
         *(f"experts.experts.{expert}.{layer}" for expert in (0, 1) for layer in (0, 2)),
     }
     assert list(quantization.untraceable) == ["experts"]

@@ -129,6 +129,9 @@ class AnyArguments(nn.Module):
 class Buffers(nn.Module):
     """Buffers, parameters and plain numbers meet activations: preprocessing, positions, temperature."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1))

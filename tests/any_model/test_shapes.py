@@ -47,7 +47,7 @@ class SegNet(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         x, places = F.max_pool2d(F.relu(self.first(x)), 3, return_indices=True)
-        return self.last(F.max_unpool2d(F.relu(self.second(x)), places, 3))
+        return self.last(F.max_unpool2d(F.relu(self.second(x)), places, [3, 3]))
 
 
 class ChannelShuffle(nn.Module):

@@ -15,6 +15,7 @@ from tests.any_model.inputs import random_integers, random_values
 from tests.any_model.journey import Example, check
 
 SMALL: dict[str, Any] = {
+    "num_labels": 3,
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -36,7 +37,7 @@ def bert(**settings: Any) -> Callable[[], nn.Module]:
     """Return a maker of a classifier of two BERT layers."""
 
     def build() -> nn.Module:
-        config = transformers.BertConfig(vocab_size=30, max_position_embeddings=16, num_labels=3, **SMALL, **settings)
+        config = transformers.BertConfig(vocab_size=30, max_position_embeddings=16, **SMALL, **settings)
         model: nn.Module = transformers.BertForSequenceClassification(config)
         return model
 
@@ -45,7 +46,7 @@ def bert(**settings: Any) -> Callable[[], nn.Module]:
 
 def vit() -> nn.Module:
     """A vision transformer of two layers."""
-    config = transformers.ViTConfig(image_size=8, patch_size=4, num_labels=3, **SMALL)
+    config = transformers.ViTConfig(image_size=8, patch_size=4, **SMALL)
     model: nn.Module = transformers.ViTForImageClassification(config)
     return model
 
@@ -69,7 +70,7 @@ EXAMPLES = {
     "ViT": Example(
         vit,
         lambda n_samples, seed: {"pixel_values": random_values(3, 8, 8)(n_samples, seed)},
-        {"conv": (1, 1), "matmul": (10, 14), "gemm": (1, 1)},
+        {"conv": (1, 1), "matmul": (10, 16), "gemm": (1, 1)},
     ),
     "DistilBERT": Example(distilbert, tokens, {"matmul": (8, 10)}),
 }

@@ -18,6 +18,7 @@ from lightning_compress.callbacks import onnx_export
 from lightning_compress.callbacks.complete_weights import best_complete_checkpoint
 from lightning_compress.callbacks.onnx_export import check_writable
 from lightning_compress.errors import CompressionError, MissingExtraError, ParityError
+from lightning_compress.export.parts import UnexportableError
 from lightning_compress.quantization.affine import integer_weight
 from lightning_compress.report import RunReport
 from tests.training import quiet_trainer
@@ -241,3 +242,45 @@ def test_the_history_survives_a_resume(tmp_path: Path) -> None:
     steps = [step for step, _ in again.history.series("train_loss")]
     assert steps == list(range(1, 17))
     assert again.history.series("train_loss")[:8] == export.history.series("train_loss")
+
+
+class Decides(nn.Module):
+    """Decides by its values, after a part that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+
+    def forward(self, image: Tensor) -> Any:
+        logits = self.encoder(image)
+        return -logits if logits.sum() > 1e6 else logits
+
+
+class HoldsDecides(LayersOnSelf):
+    """Calls a child that cannot be exported as a whole."""
+
+    def __init__(self) -> None:
+        L.LightningModule.__init__(self)
+        self.net = Decides()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch["image"]), batch["label"])
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.net(batch["image"])
+
+
+def test_a_part_is_offered_by_its_name_in_the_users_module(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, [OnnxExport(tmp_path / "model.onnx")], max_epochs=1)
+    with (
+        pytest.warns(UserWarning, match="The export failed; the trained weights are kept in"),
+        pytest.raises(UnexportableError) as caught,
+    ):
+        trainer.fit(HoldsDecides(), loader(16), loader(16, seed=1))
+    assert str(caught.value).endswith(
+        '`OnnxExport(..., module="net.encoder")`, or `export_onnx(model.net.encoder, ...)`.'
+    )
+    callback = OnnxExport(tmp_path / "model.onnx", module=caught.value.part, latency=False)
+    quiet_trainer(tmp_path, [callback], max_epochs=1).fit(HoldsDecides(), loader(16), loader(16, seed=1))
+    assert callback.result is not None
+    assert callback.result.path.exists()

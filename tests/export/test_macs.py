@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -15,7 +17,7 @@ OPSETS = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
 
 
 def macs_of_one(
-    op_type: str, shapes: list[tuple[int, ...]], folder: Path, domain: str = "", opset: int = 20, **settings: object
+    op_type: str, shapes: Sequence[tuple[int, ...]], folder: Path, domain: str = "", opset: int = 20, **settings: Any
 ) -> int:
     """Count the multiply-accumulates of one operation on inputs of ``shapes``."""
     names = [f"input_{position}" for position in range(len(shapes))]
@@ -56,7 +58,7 @@ def test_a_transposed_convolution_takes_a_product_for_each_weight_of_each_input(
     ],
 )
 def test_every_product_of_ten_rows_by_three_and_four_columns_is_the_same(
-    op_type: str, first: tuple[int, ...], second: tuple[int, ...], settings: dict[str, object], tmp_path: Path
+    op_type: str, first: tuple[int, ...], second: tuple[int, ...], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     domain = "com.microsoft" if op_type == "FusedMatMul" else ""
     assert macs_of_one(op_type, [first, second], tmp_path, domain, **settings) == 10 * 3 * 4

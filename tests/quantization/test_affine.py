@@ -13,6 +13,7 @@ from lightning_compress.quantization.affine import (
     affine_parameters,
     fake_quantize,
     fake_quantize_,
+    fake_quantize_traced,
     fake_quantize_weight,
     integer_weight,
     weight_scales,
@@ -79,6 +80,23 @@ def test_rounding_in_place_passes_the_gradient_strictly_inside_the_bounds(grid: 
     integers = (x / grid.scale).round()
     assert leaf.grad is not None
     assert torch.equal(leaf.grad, torch.where((integers > low) & (integers < high), upstream, 0.0))
+
+
+@pytest.mark.parametrize("clamp", [(-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0), (-1.0, 1.0)])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_what_a_compiler_gets_rounds_and_differentiates_as_eager_code_does(
+    grid: AffineGrid, clamp: tuple[float, float]
+) -> None:
+    x, upstream = spread_values(), torch.randn(5000)
+    eager, traced = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = fake_quantize(eager, grid, clamp)
+    found = fake_quantize_traced(traced, torch.tensor(grid.scale), torch.tensor(grid.zero_point), grid.largest, clamp)
+    assert torch.equal(found, expected)
+    expected.backward(upstream)  # type: ignore[no-untyped-call]
+    found.backward(upstream)  # type: ignore[no-untyped-call]
+    assert eager.grad is not None
+    assert traced.grad is not None
+    assert torch.equal(traced.grad, eager.grad)
 
 
 def test_rounding_in_place_uses_no_memory_of_its_own() -> None:
