@@ -236,7 +236,8 @@ class QuantizationAwareTraining(pl.Callback):
                 raise self._never_called(pl_module)
         if quantization.is_learning:
             quantization.update_steps(self._share_left(step - 1))
-            quantization.learn()
+            if was_observing:
+                quantization.learn()
         self._last_step = step
         if not trainer.barebones:
             pl_module.log("compress/quantization_phase", float(self._phase(step - 1)))
