@@ -18,9 +18,19 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils import _pytree as pytree
 
 from lightning_compress.export.products import matrix_product
-from lightning_compress.graph import CallKey, Trace, attention, call_arguments, call_key, forward_signature
+from lightning_compress.graph import (
+    CallKey,
+    Trace,
+    attention,
+    call_arguments,
+    call_key,
+    forward_signature,
+    is_passed,
+    shaped_key,
+)
 from lightning_compress.quantization import quantization_of, strip
 from lightning_compress.quantization.affine import NO_CLAMP, AffineGrid
 from lightning_compress.quantization.batchnorm import INT32_LIMIT, fold_batchnorm, norm_factor_and_offset
@@ -55,7 +65,14 @@ def lower(model: nn.Module, names: list[str] | None = None) -> nn.Module:
         True
     """
     # Results that a forward left on the module are no part of it, and have no copy of their own.
-    left = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    left = [
+        leaf
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        for leaf in pytree.tree_leaves(value)
+        if isinstance(leaf, Tensor)
+    ]
     memo: dict[int, Any] = {id(value): value.detach().clone() for value in left if not value.is_leaf}
     lowered = copy.deepcopy(model, memo).cpu().float().eval()
     quantization = quantization_of(lowered)
@@ -125,10 +142,12 @@ class _LoweredForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         key = call_key(self.__signature__, args, kwargs)
         arguments = call_arguments(self.__signature__, args, kwargs)
+        if key is not None and arguments is not None and key not in self.variants:
+            key = shaped_key(key, arguments)
         if key is None or arguments is None or key not in self.variants:
             return type(self.owner).forward(self.owner, *args, **kwargs)
         values: dict[fx.Node, Any] = {}
-        passed = iter([arguments[name] for name, value in key if value == "<value>"])
+        passed = iter([arguments[name] for name, value in key if is_passed(value)])
         for node in self.variants[key].evaluation.nodes:
             if node.op == "output":
                 return fx.node.map_arg(node.args[0], lambda item: values[item])
@@ -147,8 +166,8 @@ class _LoweredForward:
         place = placement.nodes.get(node)
         if place is not None and place.clamp != NO_CLAMP:
             return values[node.all_input_nodes[0]]  # the quantizer clips
-        args: Any = fx.node.map_arg(node.args, lambda item: values[item])
-        kwargs: Any = fx.node.map_arg(node.kwargs, lambda item: values[item])
+        args: Any = _plain(fx.node.map_arg(node.args, lambda item: values[item]))
+        kwargs: Any = _plain(fx.node.map_arg(node.kwargs, lambda item: values[item]))
         if node.op == "get_attr":
             value: Any = self.owner
             for name in str(node.target).split("."):
@@ -182,6 +201,17 @@ class _LoweredForward:
             self.weights[node] = _IntegerWeight(self.owner, self.plan, node, f"{node.name}_", weight, bias)
         assert callable(node.target)
         return node.target(x, *self.weights[node].parameters(x), *args, **kwargs)
+
+
+def _plain(value: Any) -> Any:
+    """Return the arguments of a node in lists and dicts that the user's functions may change."""
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, fx.immutable_collections.immutable_list):
+        return [_plain(item) for item in value]
+    if isinstance(value, fx.immutable_collections.immutable_dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return value
 
 
 class _IntegerWeight:

@@ -2,6 +2,7 @@
 
 from lightning_compress.graph.equivalents import attention
 from lightning_compress.graph.program import Operation, Program, trace_program
+from lightning_compress.graph.shaped import is_passed, is_shaped, shaped_key
 from lightning_compress.graph.tracing import (
     CallKey,
     Trace,
@@ -31,9 +32,12 @@ __all__ = [
     "forward_signature",
     "is_in_place",
     "is_operator",
+    "is_passed",
+    "is_shaped",
     "memory_of",
     "overwritten_parameters",
     "passed_parameters",
+    "shaped_key",
     "trace_module",
     "trace_program",
 ]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
+from lightning_compress.graph.shaped import is_passed, is_shaped
 from lightning_compress.graph.tracing import (
     CallKey,
     Trace,
@@ -111,11 +112,17 @@ class _Stitcher:
         self.program = Program()
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.entered: set[int] = set()
+        self.shaped: dict[int, list[CallKey]] = {}  # keys with shapes of modules that have no other graph
 
     def run(self, calls: Sequence[tuple[str, CallKey]]) -> Program:
+        for path, key in calls:
+            if is_shaped(key):
+                self.shaped.setdefault(id(self.model.get_submodule(path)), []).append(key)
         self._enter(self.model)
         for path, key in calls:
             module = self.model.get_submodule(path)
+            if is_shaped(key) and (id(module), key) in self.program.traces:
+                continue
             trace = self._trace(module, key)
             if trace is not None:
                 self._walk_entry(trace)
@@ -159,6 +166,11 @@ class _Stitcher:
             try:
                 trace = trace_module(module, key, path)
             except UntraceableError as reason:
+                if is_shaped(key):
+                    return None
+                for shaped in self.shaped.get(id(module), []):
+                    if _fits(shaped, key) and (found := self._trace(module, shaped)) is not None:
+                        return found
                 self.program.untraceable[path] = str(reason)
                 return None
             self.program.traces[id(module), key] = trace
@@ -259,6 +271,14 @@ class _Stitcher:
             value.users.append(operation)
         self.program.operations.append(operation)
         return operation
+
+
+def _fits(shaped: CallKey, key: CallKey) -> bool:
+    """Tell whether a key with shapes is one for calls like ``key``."""
+    return [name for name, _ in shaped] == [name for name, _ in key] and all(
+        is_passed(ours) if theirs == "<value>" else ours == theirs
+        for (_, ours), (_, theirs) in zip(shaped, key, strict=True)
+    )
 
 
 def _entry(container: Any, index: Any) -> Any:

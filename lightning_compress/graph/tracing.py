@@ -14,6 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_compress.graph.equivalents import equivalent_of
+from lightning_compress.graph.shaped import (
+    ShapedTracing,
+    is_passed,
+    is_shaped,
+    new_mode,
+    opaque_function_with_weights,
+)
 
 _PASSED = "<value>"
 """Stands in a call key for an argument whose value is known only when the module runs."""
@@ -142,7 +149,7 @@ def passed_parameters(key: CallKey) -> list[str]:
         >>> passed_parameters((("image", "<value>"), ("mask", None)))
         ['image']
     """
-    return [name for name, value in key if value == _PASSED]
+    return [name for name, value in key if is_passed(value)]
 
 
 def forward_signature(module: nn.Module) -> inspect.Signature:
@@ -238,7 +245,8 @@ def _trace_forward(module: nn.Module, forward: Callable[..., Any], key: CallKey)
     attributes = _Attributes(module)
     changed = None
     try:
-        graph = _ShallowTracer(forward, dict(key)).trace(module)
+        tracer = (_ShapedTracer if is_shaped(key) else _ShallowTracer)(forward, dict(key))
+        graph = tracer.trace(module)
     except UntraceableError:
         raise
     except Exception as error:  # user code on proxies may raise anything at all; whatever it is, the graph is missing
@@ -254,6 +262,8 @@ def _trace_forward(module: nn.Module, forward: Callable[..., Any], key: CallKey)
         raise UntraceableError("its forward draws random numbers that a graph would freeze")
     if changed is not None:
         raise UntraceableError(f"its forward changes its attribute `{changed}`, which a graph would leave out")
+    for node in graph.nodes:
+        node.meta.pop("is_wrapped", None)  # functions registered with `torch.fx.wrap` are not registered once more
     _functionalize_(graph, module)
     return graph
 
@@ -408,7 +418,7 @@ class _ShallowTracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         values = {
-            name: self.create_proxy("placeholder", name, (), {}) if value == _PASSED else value
+            name: self.create_proxy("placeholder", name, (), {}) if is_passed(value) else value
             for name, value in self._arguments.items()
         }
         signature = inspect.signature(self._forward)
@@ -423,6 +433,11 @@ class _ShallowTracer(fx.Tracer):
 
         return call, [self.root]
 
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        if kind == "call_function" and opaque_function_with_weights(target, args, kwargs):
+            raise UntraceableError(f"it hands weights to the function `{target.__name__}`, which has no graph")
+        return super().create_proxy(kind, target, args, kwargs, *rest, **named)
+
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and not self._is_owned(a):
             raise UntraceableError("its forward makes a tensor that a graph would freeze")
@@ -434,6 +449,15 @@ class _ShallowTracer(fx.Tracer):
 
     def _is_owned(self, tensor: Tensor) -> bool:
         return tensor in self.tensor_attrs or any(tensor is buffer for buffer in self.root.buffers())
+
+
+class _ShapedTracer(ShapedTracing, _ShallowTracer):
+    """Traces one forward for the shapes of its arguments."""
+
+    def __init__(self, forward: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+        super().__init__(forward, arguments)
+        self.described = {name: value for name, value in arguments.items() if is_passed(value)}
+        self._mode = new_mode()
 
 
 def _constant_or_passed(value: Any) -> Any:

@@ -174,7 +174,8 @@ class _Placer:
             kind = self._role(operation)
             if kind == "weighted":
                 self._require(operation.inputs[0])
-                if not self._is_linear(operation) or self._chain_is_wanted(operation):
+                # A linear layer may give floats, but not through a clipping activation, which would fuse with it.
+                if not self._is_linear(operation) or self._chain_is_wanted(operation) or self._is_clipped(operation):
                     self._mark(self._chain_end(operation))
             elif kind == "norm" and self._is_scale(operation):
                 self._require(operation.inputs[0])
@@ -216,6 +217,9 @@ class _Placer:
 
     def _is_linear(self, operation: Operation) -> bool:
         return isinstance(operation.target, nn.Linear) or operation.target in LINEAR_FUNCTIONS
+
+    def _is_clipped(self, operation: Operation) -> bool:
+        return self._role(self._chain_end(operation)) == "clamp"
 
     def _is_scale(self, norm: Operation) -> bool:
         """Tell whether a batch norm is to run in integers on its own: it folds nowhere, and is read in integers."""
@@ -308,11 +312,12 @@ class _Placer:
             placement.attentions[operation.node] = spots
             placement.bits |= {spot.quantizer: self.scheme.activation_bits for spot in spots.values()}
         self._name_weights(placement, names)
-        placement.rows = [
+        rows = [
             self._row(operation, placement, names)
             for operation in self.operations
             if self._role(operation) not in ("source", "scalar") and not operation.is_constant
         ]
+        placement.rows = list(dict.fromkeys(rows))  # several calls of one kind are one row
         return placement
 
     def _bits(self, operation: Operation) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,7 @@ class ActivationRanges:
     def __init__(self, momentum: float = 0.1, symmetric: bool = False) -> None:
         self.momentum = momentum
         self.symmetric = symmetric
+        self.after_update: Callable[[], None] | None = None
         self.methods: list[RangeMethod] = []
         self.learned: dict[int, LearnedGrid] = {}
         self.names: list[str] = []
@@ -126,8 +127,12 @@ class ActivationRanges:
             CompressionError: If an observed value is NaN or infinite (found here on the CPU, in `check` elsewhere).
         """
         is_distributed = distributed.is_available() and distributed.is_initialized()
-        if not self._pending and not is_distributed:
-            return
+        if self._pending or is_distributed:
+            self._take_in_observations(is_distributed)
+        if self.after_update is not None:
+            self.after_update()
+
+    def _take_in_observations(self, is_distributed: bool) -> None:
         # A process whose batch was empty has seen nothing, and still meets the others below.
         device = self._pending[0][1].device if self._pending else self.minimum.device
         minimum, maximum = self.minimum.to(device), self.maximum.to(device)

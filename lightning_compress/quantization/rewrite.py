@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
-from lightning_compress.graph import CallKey, Trace, call_arguments, call_key, forward_signature, passed_parameters
+from lightning_compress.graph import (
+    CallKey,
+    Trace,
+    call_arguments,
+    call_key,
+    forward_signature,
+    is_operator,
+    is_shaped,
+    passed_parameters,
+    shaped_key,
+)
 from lightning_compress.quantization.layers import (
     FoldedNormForward,
     QuantizedCall,
@@ -49,6 +59,8 @@ class RewrittenForward:
         self.signature = forward_signature(owner)
         self.variants: dict[CallKey, RewrittenGraph] = {}
         self.positional: tuple[int, RewrittenGraph] | None = None
+        self.needs_shapes = False
+        self.asked: set[CallKey] = set()
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -58,6 +70,9 @@ class RewrittenForward:
     def add(self, key: CallKey, variant: RewrittenGraph) -> None:
         """Add the variant for calls that match ``key``."""
         self.variants[key] = variant
+        if is_shaped(key):
+            self.needs_shapes = True
+            return
         names = passed_parameters(key)
         variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         parameters = [parameter for parameter in self.signature.parameters.values() if parameter.kind not in variable]
@@ -76,6 +91,8 @@ class RewrittenForward:
             return self._run(self.positional[1], args, args, kwargs)
         key = call_key(self.signature, args, kwargs)
         arguments = call_arguments(self.signature, args, kwargs)
+        if key is not None and arguments is not None and self.needs_shapes:
+            key = shaped_key(key, arguments)
         if key is None or arguments is None or not self._knows(key):
             return type(self.owner).forward(self.owner, *args, **kwargs)
         return self._run(self.variants[key], [arguments[name] for name in passed_parameters(key)], args, kwargs)
@@ -89,7 +106,17 @@ class RewrittenForward:
         return type(self.owner).forward(self.owner, *args, **kwargs)
 
     def _knows(self, key: CallKey) -> bool:
-        if key not in self.variants and len(self.variants) < MAX_CALL_KEYS:
+        if key in self.variants:
+            return True
+        if self.needs_shapes and (key in self.asked or not is_shaped(key)):
+            return False
+        if self.needs_shapes and len(self.asked) == MAX_CALL_KEYS:
+            self.state.forget_shapes(self.path)  # no shape is its own: its layers are rounded one by one
+        elif self.needs_shapes and self.state.is_observing:
+            self.asked.add(key)
+            self.state.note_call(self.path, key)
+        elif len(self.variants) < MAX_CALL_KEYS:
+            self.asked.add(key)
             self.state.add_call(self.path, key)
         return key in self.variants
 
@@ -122,6 +149,9 @@ class _Rewriter:
         layers = [module for module in self.model.modules() if id(module) in self.placement.weights]
         for layer in layers:
             self._add_weight(id(layer), isinstance(layer, TRANSPOSED_LAYERS))
+        for path in self.state.untraceable:
+            if not is_operator(module := self.model.get_submodule(path)):
+                self._ask_for_shapes(module, path)
         for trace in traces:
             self._rewrite_module(trace)
         for layer in layers:
@@ -153,6 +183,15 @@ class _Rewriter:
             forward = RewrittenForward(trace.module, self.state, trace.path)
             _set_forward(trace.module, forward)
         forward.add(trace.key, RewrittenGraph(trace, Edits(sites, calls), self.state))
+
+    def _ask_for_shapes(self, module: nn.Module, path: str) -> None:
+        """Let a module without a graph tell the shapes it is called with: with them it may have one."""
+        forward = vars(module).get("forward")
+        if not isinstance(forward, RewrittenForward):
+            forward = RewrittenForward(module, self.state, path)
+            _set_forward(module, forward)
+        forward.needs_shapes = True
+        forward.variants.clear()
 
     def _rewrite_layer(self, layer: nn.Module) -> None:
         before = self.placement.layer_inputs.get(id(layer))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.graph import CallKey, Program, trace_program
+from lightning_compress.graph import CallKey, Program, is_shaped, trace_program
 from lightning_compress.quantization.layers import FoldedNormForward, QuantizedLayerForward, ScaledNormForward
 from lightning_compress.quantization.placement import Placement, PlacementRow, place
 from lightning_compress.quantization.ranges import ActivationRanges
@@ -59,11 +59,18 @@ class Quantization:
         self.recorded: list[tuple[str, Tensor]] | None = None
         self._calls: list[tuple[str, CallKey]] = []
         self._modules: set[int] = set()
+        self._is_stale = False
+        self.ranges.after_update = self._take_in_calls
         self._rewrite()
 
     def analyse(self) -> tuple[Program, Placement]:
         """Trace the model as it stands and place its quantizers; the same settings always give the same places."""
-        program = trace_program(self.model, self._calls)
+        phases = self.is_quantizing, self.is_observing
+        self.is_quantizing = self.is_observing = False  # tracing may run modules, on tensors without data
+        try:
+            program = trace_program(self.model, self._calls)
+        finally:
+            self.is_quantizing, self.is_observing = phases
         layers = [name for name, module in self.model.named_modules() if isinstance(module, QUANTIZABLE_LAYERS)]
         return program, place(program, self.scheme, layers)
 
@@ -73,18 +80,34 @@ class Quantization:
             self._calls.append((path, key))
             self._rewrite()
 
-    def refresh(self) -> None:
-        """Look at the model again if modules were put in place of those it was prepared with.
+    def note_call(self, path: str, key: CallKey) -> None:
+        """Take in one more way in which the module at ``path`` is called, at the next `refresh`."""
+        if (path, key) not in self._calls:
+            self._calls.append((path, key))
+            self._is_stale = True
 
-        Converting batch norms to `SyncBatchNorm` does that, as a Trainer does when it sets its strategy up.
+    def _take_in_calls(self) -> None:
+        if self._is_stale:
+            self._rewrite()
+
+    def forget_shapes(self, path: str) -> None:
+        """Round the layers of the module at ``path`` one by one: it is called with more shapes than can be traced."""
+        self._calls = [(called, key) for called, key in self._calls if called != path or not is_shaped(key)]
+        self._rewrite()
+
+    def refresh(self) -> None:
+        """Look at the model again if new calls were noted, or modules put in place of those it was prepared with.
+
+        Converting batch norms to `SyncBatchNorm` does the latter, as a Trainer does when it sets its strategy up.
         """
-        if {id(module) for module in self.model.modules()} != self._modules:
+        if self._is_stale or {id(module) for module in self.model.modules()} != self._modules:
             self._rewrite()
 
     def _rewrite(self) -> None:
         program, placement = self.analyse()
         self.rows = placement.rows
         self.untraceable = program.untraceable
+        self._is_stale = False
         self._modules = {id(module) for module in self.model.modules()}
         rewrite(self.model, list(program.traces.values()), placement, self)
 
@@ -148,6 +171,10 @@ class Quantization:
             and forward.weight.input_index is not None
             and not self.ranges.is_seen(forward.weight.input_index)
         ]
+
+    def waiting_layers(self) -> list[str]:
+        """Return the names of the layers whose own forward has a graph only for known shapes: they wait for a call."""
+        return [name for name in self.untraceable if isinstance(self.model.get_submodule(name), QUANTIZABLE_LAYERS)]
 
     def recurrent_layers(self) -> list[str]:
         """Return the names of torch's recurrent layers and cells: they have no integer form and stay in float."""
@@ -222,7 +249,7 @@ def prepare(model: nn.Module, scheme: Scheme | None = None, **settings: Any) -> 
         raise CompressionError("The model is prepared for quantization already. Use `strip(model)` to undo that first.")
     check_finite_weights(model)
     quantization = Quantization(model, scheme)
-    if not quantization.layer_bits:
+    if not quantization.layer_bits and not quantization.waiting_layers():
         strip(model)
         raise ValueError(
             f"`{type(model).__name__}` has no convolution or linear layer to quantize. "
@@ -292,8 +319,12 @@ def calibrate(
     try:
         with torch.no_grad():
             for count, batch in enumerate(batches, start=1):
-                (forward or model)(batch)
-                quantization.ranges.update()
+                is_rewritten = True
+                while is_rewritten:  # what has a graph only since the shapes are known sees the batch as well
+                    before = quantization.rows
+                    (forward or model)(batch)
+                    quantization.ranges.update()
+                    is_rewritten = quantization.rows is not before
                 if progress is not None:
                     progress(f"calibration batch {count}")
     finally:

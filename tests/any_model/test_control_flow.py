@@ -101,7 +101,7 @@ def padded() -> nn.Module:
 
 
 EXAMPLES = {
-    "on sizes": Example(padded, random_values(3, 9, 9), {"conv": (4, 4)}),
+    "on sizes": Example(padded, random_values(3, 9, 9), {"conv": (3, 3)}),
     "on the mode": Example(AuxiliaryHead, IMAGE, {"conv": (1, 1), "gemm": (1, 1)}),
     "attributes set on the way": Example(CountsItsCalls, IMAGE, {"conv": (2, 2)}),
 }
