@@ -21,6 +21,7 @@ LAYER = {
     "graph": 0,
     "schedules": 0,
     "selection": 0,
+    "copying": 0,
     "errors": 0,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

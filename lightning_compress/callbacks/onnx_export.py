@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from lightning_compress.callbacks.complete_weights import (
 from lightning_compress.callbacks.file_metric import FileForward, quiet_lightning
 from lightning_compress.callbacks.forward_tap import ForwardTap
 from lightning_compress.callbacks.progress import ProgressLine
+from lightning_compress.copying import copy_of
 from lightning_compress.errors import CompressionError, MissingExtraError
 from lightning_compress.export import ExportResult, export_onnx
 from lightning_compress.export.arguments import CallArguments, plain_tensor, tensors_of
@@ -299,7 +299,7 @@ class OnnxExport(pl.Callback):
             if is_integer:
                 progress.tell("writing the fp32 file to compare with")
                 float_path = Path(folder) / "fp32.onnx"
-                write_onnx(strip(copy.deepcopy(network)), example, float_path)
+                write_onnx(strip(copy_of(network)), example, float_path)
             latency = None
             if self.latency:
                 files = {"fp32": float_path, "this file": self.path} if is_integer else {"fp32": self.path}
@@ -316,7 +316,7 @@ class OnnxExport(pl.Callback):
             model=type(network).__name__,
             versions={name: version(name) for name in ("torch", "lightning", "onnx", "onnxruntime")},
             statistics=model_statistics(
-                strip(copy.deepcopy(network)), example.args, example.kwargs, bits=bits if is_integer else None
+                strip(copy_of(network)), example.args, example.kwargs, bits=bits if is_integer else None
             ),
             sizes=sizes,
             latency=latency,
@@ -338,7 +338,7 @@ class OnnxExport(pl.Callback):
         """Run the user's own validation with the file in the place of the network."""
         assert self.result is not None
         assert self.metric is not None
-        module = copy.deepcopy(chosen)
+        module = copy_of(chosen)
         vars(module.get_submodule(self._called))["forward"] = FileForward(self.path, self.result)
         with quiet_lightning():
             validator = pl.Trainer(
@@ -365,7 +365,7 @@ class OnnxExport(pl.Callback):
                 "`monitor` after pruning and quantization have finished their schedules."
             )
             return pl_module
-        chosen: pl.LightningModule = copy.deepcopy(pl_module)
+        chosen = copy_of(pl_module)
         checkpoint = torch.load(found, map_location="cpu", weights_only=False)
         chosen.on_load_checkpoint(checkpoint)
         chosen.load_state_dict(checkpoint["state_dict"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_compress.copying import copy_of
 
 
 class FrozenTeacher:
@@ -100,7 +101,7 @@ class FrozenTeacher:
         if self._place == (device, dtype):
             return
         if any(parameter.is_floating_point() and parameter.dtype != dtype for parameter in self.network.parameters()):
-            self._runner = deepcopy(self.network)
+            self._runner = copy_of(self.network)
         else:
             self._runner = self.network
         self._runner.to(device=device, dtype=dtype)

@@ -6,7 +6,6 @@ fake-quantized model computes in eval mode, with `torch.ops.quantized_decomposed
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -18,8 +17,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils import _pytree as pytree
 
+from lightning_compress.copying import copy_of
 from lightning_compress.export.products import matrix_product
 from lightning_compress.graph import (
     CallKey,
@@ -64,17 +63,7 @@ def lower(model: nn.Module, names: list[str] | None = None) -> nn.Module:
         >>> torch.allclose(lower(net)(x), net.eval()(x), atol=1e-6)
         True
     """
-    # Results that a forward left on the module are no part of it, and have no copy of their own.
-    left = [
-        leaf
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if not name.startswith("_")
-        for leaf in pytree.tree_leaves(value)
-        if isinstance(leaf, Tensor)
-    ]
-    memo: dict[int, Any] = {id(value): value.detach().clone() for value in left if not value.is_leaf}
-    lowered = copy.deepcopy(model, memo).cpu().float().eval()
+    lowered = copy_of(model).cpu().float().eval()
     quantization = quantization_of(lowered)
     if quantization is None or not quantization.is_quantizing:
         return strip(lowered)

@@ -31,6 +31,20 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+class StepsOfNet(LayersOnSelf):
+    """Steps that call a network in the attribute `net`."""
+
+    def __init__(self, net: nn.Module) -> None:
+        L.LightningModule.__init__(self)
+        self.net = net
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch["image"]), batch["label"])
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.net(batch["image"])
+
+
 def test_a_run_leaves_a_file_a_report_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export = OnnxExport(tmp_path / "model.onnx", metric="val_acc")
     callbacks = [MagnitudePruning(0.5, start=0.6, end=0.8), QuantizationAwareTraining(start=0.6), export]
@@ -94,6 +108,33 @@ def test_the_live_module_goes_on_as_before(tmp_path: Path) -> None:
     before = model.fc.weight.clone()
     quiet_trainer(tmp_path, max_epochs=1).fit(model, loader())
     assert not torch.equal(model.fc.weight, before)
+
+
+class KeepsResults(nn.Module):
+    """Keeps what it computed on itself, in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 4))
+
+    def forward(self, image: Tensor) -> Any:
+        self.results = [self.body(image)]
+        return self.results[0]
+
+
+class HoldsKeepsResults(StepsOfNet):
+    """Trains it."""
+
+    def __init__(self) -> None:
+        super().__init__(KeepsResults())
+
+
+def test_a_network_that_keeps_results_on_itself_is_copied_and_exported(tmp_path: Path) -> None:
+    export = OnnxExport(tmp_path / "model.onnx", latency=False)
+    trainer = quiet_trainer(tmp_path, [QuantizationAwareTraining(start=0.3), export], max_epochs=1)
+    trainer.fit(HoldsKeepsResults(), loader())
+    assert export.result is not None
+    assert export.result.audit.counts() == {"conv": (1, 1), "gemm": (1, 1)}
 
 
 def test_a_dry_run_writes_nothing_over_a_real_file(tmp_path: Path) -> None:
@@ -256,18 +297,11 @@ class Decides(nn.Module):
         return -logits if logits.sum() > 1e6 else logits
 
 
-class HoldsDecides(LayersOnSelf):
+class HoldsDecides(StepsOfNet):
     """Calls a child that cannot be exported as a whole."""
 
     def __init__(self) -> None:
-        L.LightningModule.__init__(self)
-        self.net = Decides()
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self.net(batch["image"]), batch["label"])
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.net(batch["image"])
+        super().__init__(Decides())
 
 
 def test_a_part_is_offered_by_its_name_in_the_users_module(tmp_path: Path) -> None:
