@@ -124,3 +124,14 @@ def test_one_batch_is_enough_to_calibrate_them() -> None:
     calibrate(model, [torch.randn(2, 3, 4, 8)])
     assert quantization.untraceable == {}
     assert all(quantization.ranges.is_seen(index) for index in range(len(quantization.ranges.names)))
+
+
+def test_a_checkpoint_brings_the_shapes_along() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Windows(), SamePadding(3, 3, 3))
+    quantization = trained(model, *[(2, 3, 4, 8)] * 3)
+    torch.manual_seed(0)
+    fresh = nn.Sequential(Windows(), SamePadding(3, 3, 3)).eval()
+    prepare(fresh).load_state_dict(quantization.state_dict())
+    x = torch.randn(2, 3, 4, 8)
+    assert torch.equal(fresh(x), model(x))
