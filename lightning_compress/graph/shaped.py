@@ -179,7 +179,7 @@ class ShapedTracing:
     def _evaluated(self, kind: str, target: Any, args: Any, kwargs: Any, which: int) -> Any:
         root: nn.Module = self.root  # type: ignore[attr-defined]
         if kind == "placeholder":
-            return _example(self.described[target], BATCH_SIZES[which], self._mode)
+            return _example(self.described[target], BATCH_SIZES[which], self._mode, _device_of(root))
         if kind == "get_attr":
             value: Any = root
             for part in target.split("."):
@@ -217,10 +217,15 @@ def _value_of(leaf: Any, which: int) -> Any:
     return _UNKNOWN if isinstance(leaf, fx.Proxy) else leaf
 
 
-def _example(description: str, batch: int, mode: FakeTensorMode) -> Any:
+def _device_of(module: nn.Module) -> torch.device:
+    tensors = [*module.parameters(), *module.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _example(description: str, batch: int, mode: FakeTensorMode, device: torch.device) -> Any:
     sizes, _, dtype = description.removeprefix(_MARK).partition(":")
     if not dtype:
         return _UNKNOWN
     shape = [batch if size == "?" else int(size) for size in sizes.split(",") if size]
     with mode:
-        return torch.empty(shape, dtype=getattr(torch, dtype))
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=device)

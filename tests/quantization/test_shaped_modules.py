@@ -94,6 +94,12 @@ def test_the_graph_gives_what_the_forward_gives_for_any_batch() -> None:
         assert torch.equal(run(x), model(x))
 
 
+def test_the_graph_is_the_same_wherever_the_weights_lie() -> None:
+    key = shaped_key((("x", "<value>"),), {"x": torch.randn(2, 3, 4, 8)})
+    here, elsewhere = trace_module(Windows(), key), trace_module(Windows().to("meta"), key)
+    assert str(here.evaluation) == str(elsewhere.evaluation)
+
+
 def test_nothing_changes_while_only_ranges_are_observed() -> None:
     torch.manual_seed(0)
     model = Windows()
