@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torchvision import models
-from torchvision.ops import StochasticDepth
 
 from benchmarks.records import Records, markdown_table, print_machine
 from lightning_compress.errors import ParityError
@@ -328,19 +327,29 @@ def _tame_residuals(model: nn.Module) -> None:
     Deep sums of equal random terms amplify every rounding until nothing of the input is left to compare.
     """
     for operation in trace_program(model).operations:
-        if getattr(operation.target, "__name__", "") not in ("add", "iadd"):
-            continue
-        norms = [_norm_before(value) for value in operation.inputs]
-        if [norm is None for norm in norms].count(True) == 1:
-            norm = next(norm for norm in norms if norm is not None)
-            nn.init.constant_(norm.weight, 0.25)
+        if getattr(operation.target, "__name__", "") in ("add", "iadd") and len(operation.inputs) == 2:
+            for branch, stream in (operation.inputs, operation.inputs[::-1]):
+                norm = _norm_before(branch)
+                if norm is not None and _leads_to(stream, branch):
+                    nn.init.constant_(norm.weight, 0.25)
 
 
 def _norm_before(operation: Operation) -> Any:
-    while isinstance(operation.target, StochasticDepth | nn.Identity):
+    while getattr(operation.target, "__name__", "") == "stochastic_depth":
         operation = operation.inputs[0]
     is_norm = isinstance(operation.target, nn.modules.batchnorm._BatchNorm) and operation.target.affine
     return operation.target if is_norm else None
+
+
+def _leads_to(source: Operation, operation: Operation) -> bool:
+    pending, seen = [operation], set[int]()
+    while pending:
+        value = pending.pop()
+        if value is source:
+            return True
+        pending += [before for before in value.inputs if id(before) not in seen]
+        seen |= {id(before) for before in value.inputs}
+    return False
 
 
 def _warm_up(model: nn.Module, name: str, size: int) -> None:
