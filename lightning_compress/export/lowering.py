@@ -27,6 +27,7 @@ from lightning_compress.graph import (
     call_arguments,
     call_key,
     forward_signature,
+    is_in_place,
     is_passed,
     shaped_key,
 )
@@ -148,6 +149,8 @@ class _LoweredForward:
                 # Said again after an operation that only moves values: runtimes look for dequantize -> op -> quantize.
                 grid = grid_of(values[node.all_input_nodes[0]])
                 values[node] = _on_grid(values[node], grid, node.name, self.plan.names)
+            elif node.op != "call_module" and is_in_place(node, self.owner):
+                setattr(values[node], _GRID, None)  # the tensor is the same, its values no longer lie on its grid
         raise AssertionError("A graph ends with its output.")
 
     def _run(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:

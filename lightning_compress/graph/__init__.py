@@ -1,6 +1,7 @@
 """The dataflow of a model, traced module by module and stitched together."""
 
 from lightning_compress.graph.equivalents import attention
+from lightning_compress.graph.in_place import is_in_place, memory_of
 from lightning_compress.graph.program import Operation, Program, trace_program
 from lightning_compress.graph.shaped import is_passed, is_shaped, shaped_key
 from lightning_compress.graph.tracing import (
@@ -11,9 +12,7 @@ from lightning_compress.graph.tracing import (
     call_key,
     entry_key,
     forward_signature,
-    is_in_place,
     is_operator,
-    memory_of,
     overwritten_parameters,
     passed_parameters,
     trace_module,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from lightning_compress.graph.shaped import is_passed, is_shaped
+from lightning_compress.graph.shaped import is_shaped
 from lightning_compress.graph.tracing import (
     CallKey,
     Trace,
@@ -276,8 +276,7 @@ class _Stitcher:
 def _fits(shaped: CallKey, key: CallKey) -> bool:
     """Tell whether a key with shapes is one for calls like ``key``."""
     return [name for name, _ in shaped] == [name for name, _ in key] and all(
-        is_passed(ours) if theirs == "<value>" else ours == theirs
-        for (_, ours), (_, theirs) in zip(shaped, key, strict=True)
+        theirs == "<value>" or ours == theirs for (_, ours), (_, theirs) in zip(shaped, key, strict=True)
     )
 
 

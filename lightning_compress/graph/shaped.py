@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 BATCH_SIZES = (2, 3)
@@ -24,15 +25,16 @@ _UNKNOWN = object()
 
 
 def shaped_key(key: tuple[tuple[str, Any], ...], arguments: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Return ``key`` with the shape and type of every tensor, the size of the batch left open.
+    """Return ``key`` with whole numbers and the shape and type of every tensor, the size of the batch left open.
 
     Args:
         key: How a module is called, see `call_key`.
         arguments: The arguments of the call by name.
 
     Example:
-        >>> shaped_key((("x", "<value>"), ("flag", True)), {"x": torch.zeros(8, 3), "flag": True})
-        (('x', '<value>:?,3:float32'), ('flag', True))
+        >>> arguments = {"x": torch.zeros(8, 3), "sizes": (3, 1)}
+        >>> shaped_key((("x", "<value>"), ("sizes", "<value>")), arguments)
+        (('x', '<value>:?,3:float32'), ('sizes', (3, 1)))
     """
     sizes = [argument.shape[0] for argument in arguments.values() if isinstance(argument, Tensor) and argument.dim()]
     batch = sizes[0] if sizes else None
@@ -40,6 +42,10 @@ def shaped_key(key: tuple[tuple[str, Any], ...], arguments: Mapping[str, Any]) -
 
 
 def _described(argument: Any, batch: Any) -> Any:
+    if type(argument) is int:
+        return argument
+    if isinstance(argument, tuple) and argument and all(type(size) is int for size in argument):
+        return tuple(argument)
     if not isinstance(argument, Tensor):
         return "<value>"
     sizes = [str(int(size)) for size in argument.shape[1:]]
@@ -65,12 +71,60 @@ def is_passed(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("<value>")
 
 
-def opaque_function_with_weights(target: Any, args: Any, kwargs: Any) -> bool:
-    """Tell whether a node calls a Python function of somebody else's on weights: what it does with them is hidden."""
-    if not isinstance(target, FunctionType) or target.__module__.partition(".")[0] in ("torch", "lightning_compress"):
-        return False
+def is_opaque(target: Any) -> bool:
+    """Tell whether a node calls a Python function of somebody else's, registered with `torch.fx.wrap`.
+
+    Example:
+        >>> is_opaque(torch.relu), is_opaque(torch.nn.functional.relu), is_opaque(lambda x: x)
+        (False, False, True)
+    """
+    return isinstance(target, FunctionType) and target.__module__.partition(".")[0] not in (
+        "torch",
+        "lightning_compress",
+    )
+
+
+def takes_weights(args: Any, kwargs: Any) -> bool:
+    """Tell whether there are weights among the arguments of a call, and other values."""
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
     return any(leaf.node.op == "get_attr" for leaf in leaves) and any(leaf.node.op != "get_attr" for leaf in leaves)
+
+
+FACTORIES = frozenset(
+    {
+        torch.arange,
+        torch.as_tensor,
+        torch.eye,
+        torch.full,
+        torch.linspace,
+        torch.ones,
+        torch.tensor,
+        torch.tril_indices,
+        torch.triu_indices,
+        torch.zeros,
+    }
+)
+"""Functions that make a tensor of numbers: given the same ones, they make the same."""
+
+
+class RecordedFactories(TorchFunctionMode):
+    """While it is active, tensors that are made of numbers are recorded in a graph, and not made there and then.
+
+    Args:
+        tracer: What records them, with `ShapedTracing` mixed in.
+    """
+
+    def __init__(self, tracer: Any) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Record ``func`` if it is one of `FACTORIES`."""
+        kwargs = kwargs or {}
+        is_free = func in FACTORIES and not self.tracer.is_evaluating
+        if is_free and not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+            return self.tracer.create_proxy("call_function", func, args, kwargs)
+        return func(*args, **kwargs)
 
 
 class ShapedProxy(fx.Proxy):
@@ -122,18 +176,23 @@ class ShapedTracing:
     """Mixed into a tracer: follows every value on tensors without data.
 
     Attributes:
+        is_evaluating: Whether modules run for the shapes of their results, and nothing is to be recorded.
         described: Shapes and type of the argument for each parameter of the forward, as in a key.
     """
 
     described: Mapping[str, str]
     _mode: FakeTensorMode
-    _is_evaluating = False
+    is_evaluating = False
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         """Record an operation; a result that is a plain number for every batch size is given as such."""
-        if kind == "call_function" and opaque_function_with_weights(target, args, kwargs):
-            return target(*args, **kwargs)
+        hides = kind == "call_function" and is_opaque(target)
+        if hides and takes_weights(args, kwargs):
+            return _marked(target(*args, **kwargs))
+        versions = _versions(args)
         values = self._outcome(kind, target, args, kwargs)
+        if hides and versions != _versions(args):  # it is called for what it changes
+            return _marked(target(*args, **kwargs))
         plain = super().create_proxy(kind, target, args, kwargs, *rest, **named)  # type: ignore[misc]
         if values is None:
             return plain
@@ -157,23 +216,23 @@ class ShapedTracing:
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a child, for its shapes alone where that is what is asked."""
-        if self._is_evaluating:
+        if self.is_evaluating:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)  # type: ignore[misc]
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Read an attribute of a module, as it is where shapes are computed."""
-        if self._is_evaluating:
+        if self.is_evaluating:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)  # type: ignore[misc]
 
     def _outcome(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Return what an operation gives for either batch size, or None where nothing is known of its arguments."""
-        was_evaluating, self._is_evaluating = self._is_evaluating, True
+        was_evaluating, self.is_evaluating = self.is_evaluating, True
         try:
             results = tuple(self._evaluated(kind, target, args, kwargs, which) for which in range(2))
         finally:
-            self._is_evaluating = was_evaluating
+            self.is_evaluating = was_evaluating
         return None if any(result is _UNKNOWN for result in results) else (results[0], results[1])
 
     def _evaluated(self, kind: str, target: Any, args: Any, kwargs: Any, which: int) -> Any:
@@ -207,6 +266,23 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, bool | int | float | str | torch.dtype)
+
+
+class _Results(tuple[Any, ...]):
+    """Several results of a function, or none, with the mark that `torch.fx.wrap` wants to make on one."""
+
+    node = SimpleNamespace(meta={})
+
+
+def _marked(result: Any) -> Any:
+    if result is None or isinstance(result, tuple | list):
+        return _Results(result or ())
+    return result
+
+
+def _versions(args: Any) -> list[int]:
+    values = [leaf.__dict__["_values"][0] for leaf in pytree.tree_leaves(args) if isinstance(leaf, ShapedProxy)]
+    return [value._version for value in values if isinstance(value, Tensor)]
 
 
 def _value_of(leaf: Any, which: int) -> Any:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import operator
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -14,12 +13,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_compress.graph.equivalents import equivalent_of
+from lightning_compress.graph.in_place import functionalize_, is_in_place, memory_of
 from lightning_compress.graph.shaped import (
+    RecordedFactories,
     ShapedTracing,
+    is_opaque,
     is_passed,
     is_shaped,
     new_mode,
-    opaque_function_with_weights,
+    takes_weights,
 )
 
 _PASSED = "<value>"
@@ -27,35 +29,6 @@ _PASSED = "<value>"
 
 CallKey = tuple[tuple[str, Any], ...]
 """How a module is called: each parameter's name with its constant (None, bool, str), or with `"<value>"`."""
-
-_VIEWS = frozenset(
-    {
-        "chunk",
-        "contiguous",
-        "detach",
-        "dropout",
-        "expand",
-        "flatten",
-        "getitem",
-        "movedim",
-        "narrow",
-        "permute",
-        "reshape",
-        "select",
-        "split",
-        "squeeze",
-        "swapaxes",
-        "t",
-        "transpose",
-        "unbind",
-        "unflatten",
-        "unsqueeze",
-        "view",
-    }
-)
-"""Operations, by name, whose result may lie in the memory of their first argument."""
-
-_VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 class UntraceableError(Exception):
@@ -245,14 +218,7 @@ def _trace_forward(module: nn.Module, forward: Callable[..., Any], key: CallKey)
     attributes = _Attributes(module)
     changed = None
     try:
-        tracer = (_ShapedTracer if is_shaped(key) else _ShallowTracer)(forward, dict(key))
-        graph = tracer.trace(module)
-    except UntraceableError:
-        raise
-    except Exception as error:  # user code on proxies may raise anything at all; whatever it is, the graph is missing
-        raise UntraceableError(
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        ) from error
+        graph = _graph_of(module, forward, key)
     finally:
         changed = attributes.restore()
         drew = not torch.equal(random_states[0], torch.get_rng_state()) or random_states[1] != random.getstate()
@@ -263,9 +229,29 @@ def _trace_forward(module: nn.Module, forward: Callable[..., Any], key: CallKey)
     if changed is not None:
         raise UntraceableError(f"its forward changes its attribute `{changed}`, which a graph would leave out")
     for node in graph.nodes:
+        if node.op == "call_function" and is_opaque(node.target) and not node.users:
+            raise UntraceableError(f"it calls `{node.target.__name__}` for what that changes, which no graph tells")
         node.meta.pop("is_wrapped", None)  # functions registered with `torch.fx.wrap` are not registered once more
-    _functionalize_(graph, module)
+    written = functionalize_(graph, module)
+    if written is not None:
+        raise UntraceableError(f"it writes into a part of `{written}`, which others may read")
     return graph
+
+
+def _graph_of(module: nn.Module, forward: Callable[..., Any], key: CallKey) -> fx.Graph:
+    tracers = (_RecordingTracer, _ShapedTracer) if is_shaped(key) else (_ShallowTracer,)
+    reason = None
+    for tracer in tracers:
+        try:
+            return tracer(forward, dict(key)).trace(module)
+        except UntraceableError as error:
+            reason = reason or error
+        except Exception as error:  # user code on proxies may raise anything at all: whatever it is, a graph is missing
+            first_line = str(error).strip().splitlines()[0] if str(error) else ""
+            reason = reason or UntraceableError(f"{type(error).__name__}: {first_line}")
+            reason.__cause__ = reason.__cause__ or error
+    assert reason is not None
+    raise reason
 
 
 class _Attributes:
@@ -315,61 +301,6 @@ def _holds_the_same(container: Any, entries: Any) -> bool:
     return all(one is other for one, other in zip(container, entries, strict=True))
 
 
-_IN_PLACE_OPERATORS = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
-
-
-def is_in_place(node: fx.Node, module: nn.Module) -> bool:
-    """Tell whether ``node``, of a graph of ``module``, overwrites its first argument.
-
-    Example:
-        >>> net = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten())
-        >>> graph = trace_module(net, (("input", "<value>"),)).evaluation
-        >>> [is_in_place(node, net) for node in graph.nodes]
-        [False, True, False, False]
-    """
-    if node.op == "call_module":
-        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        in_place_name = name.endswith("_") and not name.endswith("__")
-        return node.target in _IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace")) or in_place_name
-    return False
-
-
-def memory_of(node: fx.Node, module: nn.Module, stop: Collection[fx.Node] = ()) -> fx.Node:
-    """Return the operation, of a graph of ``module``, in whose memory the value of ``node`` may lie.
-
-    Args:
-        node: The operation whose value is looked at.
-        module: The module whose graph it belongs to.
-        stop: Operations to stop at, since their values are taken to lie in memory of their own.
-
-    Returns:
-        ``node`` itself, or the operation before all views and in-place operations that lead to it.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Flatten(), nn.ReLU(inplace=True))
-        >>> *_, relu, result = trace_module(net, (("input", "<value>"),)).evaluation.nodes
-        >>> memory_of(relu, net)
-        _0
-    """
-    while node not in stop and node.args and isinstance(node.args[0], fx.Node):
-        is_view = node.op != "call_module" and (getattr(node.target, "__name__", node.target) in _VIEWS)
-        if node.op == "call_module":
-            is_view = isinstance(module.get_submodule(str(node.target)), _VIEW_MODULES)
-        if not (is_view or is_in_place(node, module)):
-            break
-        node = node.args[0]
-    return node
-
-
 def overwritten_parameters(trace: Trace) -> set[str]:
     """Return the names of the parameters of a forward whose values it overwrites.
 
@@ -385,19 +316,6 @@ def overwritten_parameters(trace: Trace) -> set[str]:
             if is_in_place(node, trace.module):
                 found.add(parameters.get(memory_of(node, trace.module), ""))
     return found - {""}
-
-
-def _functionalize_(graph: fx.Graph, module: nn.Module) -> None:
-    """Let every reader of an overwritten value read the operation that overwrote it."""
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if not is_in_place(node, module) or not node.args or not isinstance(node.args[0], fx.Node):
-            continue
-        if node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:
-            node.target = _IN_PLACE_OPERATORS[node.target]
-        for user in list(node.args[0].users):
-            if order[user] > order[node]:
-                user.replace_input_with(node.args[0], node)
 
 
 class _ShallowTracer(fx.Tracer):
@@ -434,7 +352,7 @@ class _ShallowTracer(fx.Tracer):
         return call, [self.root]
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
-        if kind == "call_function" and opaque_function_with_weights(target, args, kwargs):
+        if kind == "call_function" and is_opaque(target) and takes_weights(args, kwargs):
             raise UntraceableError(f"it hands weights to the function `{target.__name__}`, which has no graph")
         return super().create_proxy(kind, target, args, kwargs, *rest, **named)
 
@@ -458,6 +376,14 @@ class _ShapedTracer(ShapedTracing, _ShallowTracer):
         super().__init__(forward, arguments)
         self.described = {name: value for name, value in arguments.items() if is_passed(value)}
         self._mode = new_mode()
+
+
+class _RecordingTracer(_ShapedTracer):
+    """Traces one forward for the shapes of its arguments; tensors that it makes of numbers are made in its graph."""
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with RecordedFactories(self):
+            return super().trace(root, concrete_args)
 
 
 def _constant_or_passed(value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lightning_compress.export import export_onnx
-from lightning_compress.graph import shaped_key, trace_module
+from lightning_compress.graph import UntraceableError, shaped_key, trace_module
 from lightning_compress.quantization import Quantization, calibrate, prepare
 from lightning_compress.quantization.rewrite import MAX_CALL_KEYS
 
@@ -58,6 +58,50 @@ class Windows(nn.Module):
         return x.reshape(batch, padded, columns, channels)[:, :rows].contiguous()
 
 
+@fx.wrap
+def add_into(x: Tensor, y: Tensor) -> None:
+    """Add to the first, and return nothing."""
+    x[:, 1:].add_(y[:, 1:])
+
+
+class WritesIntoParts(nn.Module):
+    """Writes into parts of what it computed, by itself and in a function; numbers made on the way lie in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, sizes: tuple[int, int]) -> Any:
+        rows, columns = sizes
+        positions = torch.arange(rows)[:, None] * 0.1 if rows < 10 else torch.zeros(1)
+        y = self.first(x)
+        y[:, 1:] += positions[1:]
+        y = self.second(y)
+        y[:, :1] = 0.5
+        add_into(y, x)
+        y.add_(torch.ones(columns))
+        return self.last(y)
+
+
+class HoldsIt(nn.Module):
+    """Tells it the size of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes = WritesIntoParts()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.writes(x, (3, 4))
+
+
+class WritesIntoItsInput(nn.Module):
+    """Writes where its caller reads."""
+
+    def forward(self, x: Tensor) -> Any:
+        x[:, :1] = 0.0
+        return x * 2
+
+
 def trained(model: nn.Module, *shapes: tuple[int, ...]) -> Quantization:
     quantization = prepare(model)
     quantization.is_observing = quantization.is_quantizing = True
@@ -98,6 +142,39 @@ def test_the_graph_is_the_same_wherever_the_weights_lie() -> None:
     key = shaped_key((("x", "<value>"),), {"x": torch.randn(2, 3, 4, 8)})
     here, elsewhere = trace_module(Windows(), key), trace_module(Windows().to("meta"), key)
     assert str(here.evaluation) == str(elsewhere.evaluation)
+
+
+def test_what_is_written_into_parts_is_what_ships(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = HoldsIt()
+    x = torch.randn(2, 3, 4)
+    expected = model(x)
+    quantization = trained(model, *[(2, 3, 4)] * 3)
+    assert quantization.untraceable == {}
+    quantization.is_quantizing, quantization.is_observing = False, True
+    assert torch.equal(model(x), expected)
+    quantization.is_quantizing, quantization.is_observing = True, False
+    result = export_onnx(model, x, tmp_path / "net.onnx", verify_inputs=[torch.randn(5, 3, 4)])
+    assert result.audit.integer_mac_share == 1.0
+    assert result.parity.snr_db > 60
+
+
+def test_what_is_written_into_an_input_or_by_a_hidden_function_has_no_graph() -> None:
+    x = torch.randn(2, 3)
+    key = (("x", "<value>"),)
+    with pytest.raises(UntraceableError, match="it writes into a part of `x`, which others may read"):
+        trace_module(WritesIntoItsInput(), shaped_key(key, {"x": x}))
+
+    class CallsIt(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            add_into(y, x)
+            return y
+
+    with pytest.raises(UntraceableError, match="it calls `add_into` for what that changes, which no graph tells"):
+        trace_module(CallsIt(), key)
+    trace = trace_module(CallsIt(), shaped_key(key, {"x": x}))
+    assert torch.equal(fx.GraphModule(CallsIt(), trace.evaluation)(x), CallsIt()(x))
 
 
 def test_nothing_changes_while_only_ranges_are_observed() -> None:
