@@ -258,8 +258,7 @@ def fake_quantize_weight(weight: Tensor, bits: int, memory: KeptMemory | None = 
     Args:
         weight: Weight whose first dimension counts the output channels.
         bits: Bits of a weight, 2 to 8.
-        memory: Where a float32 result is laid while gradients are recorded, and found again as long as the weight does
-            not change; by default in memory of its own.
+        memory: Where a float32 result is laid while gradients are recorded; by default in memory of its own.
 
     Returns:
         Tensor like ``weight``.
@@ -276,14 +275,10 @@ def fake_quantize_weight(weight: Tensor, bits: int, memory: KeptMemory | None = 
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bits: int, memory: KeptMemory | None) -> Tensor:
-        if memory is not None and (known := memory.holds_for(weight)) is not None:
-            return known
         scales = _along_channels(weight_scales(weight, bits), weight)
         if memory is None or weight.dtype != torch.float32:
             return (weight.float() / scales).round_().mul_(scales).to(weight.dtype)
-        rounded = torch.div(weight, scales, out=memory.like(weight)).round_().mul_(scales)
-        memory.keep_for(weight)
-        return rounded
+        return torch.div(weight, scales, out=memory.like(weight)).round_().mul_(scales)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

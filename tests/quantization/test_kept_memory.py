@@ -91,39 +91,3 @@ def test_without_gradients_every_call_has_memory_of_its_own() -> None:
     with torch.no_grad():
         kept = fake_quantize_weight(weight, 8, memory)
     assert memory.like(weight).data_ptr() != kept.data_ptr()
-
-
-def test_a_weight_is_rounded_once_for_all_batches_whose_gradients_are_accumulated() -> None:
-    memory, weight, x = KeptMemory(), nn.Parameter(torch.randn(4, 3)), torch.randn(2, 3)
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    versions = []
-    for step in range(6):
-        rounded = fake_quantize_weight(weight, 4, memory)
-        assert torch.equal(rounded, fake_quantize_weight(weight, 4))
-        versions.append(rounded._version)
-        nn.functional.linear(x, rounded).sum().backward()  # type: ignore[no-untyped-call]
-        del rounded
-        if step % 3 == 2:
-            optimizer.step()
-            optimizer.zero_grad()
-    assert [version == versions[0] for version in versions] == [True, True, True, False, False, False]
-
-
-def test_another_weight_at_the_same_address_is_rounded_anew() -> None:
-    memory, values = KeptMemory(), torch.randn(4, 3)
-    first = values.detach()
-    rounded = fake_quantize_weight(first, 4, memory).clone()
-    del first
-    values.data.mul_(-1)  # no version of `values` tells
-    second = values.detach()
-    assert second.data_ptr() == values.data_ptr()
-    assert torch.equal(fake_quantize_weight(second, 4, memory), -rounded)
-
-
-def test_what_was_evaluated_with_other_values_is_rounded_anew() -> None:
-    memory, weight = KeptMemory(), nn.Parameter(torch.randn(4, 3))
-    fake_quantize_weight(weight, 4, memory)
-    with torch.no_grad():
-        weight.data = -weight.data
-        expected = fake_quantize_weight(weight, 4, memory)
-    assert torch.equal(fake_quantize_weight(weight, 4, memory), expected)
