@@ -68,7 +68,7 @@ def lower(model: nn.Module, names: list[str] | None = None) -> nn.Module:
     quantization = quantization_of(lowered)
     if quantization is None or not quantization.is_quantizing:
         return strip(lowered)
-    program, placement = quantization.analyse()
+    program, placement = quantization.analyse(in_float=True)
     transparent = {operation.node for operation in program.operations if role(operation) == "transparent"}
     strip(lowered)
     plan = _Plan(placement, quantization.ranges, quantization.weights, transparent, names)

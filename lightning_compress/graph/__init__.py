@@ -3,7 +3,7 @@
 from lightning_compress.graph.equivalents import attention
 from lightning_compress.graph.in_place import is_in_place, memory_of
 from lightning_compress.graph.program import Operation, Program, trace_program
-from lightning_compress.graph.shaped import is_passed, is_shaped, shaped_key
+from lightning_compress.graph.shaped import in_float32, is_passed, is_shaped, shaped_key
 from lightning_compress.graph.tracing import (
     CallKey,
     Trace,
@@ -29,6 +29,7 @@ __all__ = [
     "call_key",
     "entry_key",
     "forward_signature",
+    "in_float32",
     "is_in_place",
     "is_operator",
     "is_passed",

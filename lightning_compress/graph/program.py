@@ -112,21 +112,31 @@ class _Stitcher:
         self.program = Program()
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.entered: set[int] = set()
+        self.turn = 0
+        self.failures: dict[tuple[int, CallKey], str] = {}
         self.shaped: dict[int, list[CallKey]] = {}  # keys with shapes of modules that have no other graph
 
     def run(self, calls: Sequence[tuple[str, CallKey]]) -> Program:
         for path, key in calls:
             if is_shaped(key):
                 self.shaped.setdefault(id(self.model.get_submodule(path)), []).append(key)
-        self._enter(self.model)
+        plain = [(path, key) for path, key in calls if not is_shaped(key)]
+        # Once for every shape that a module is called with, so that each of its graphs has its place in its callers'.
+        for turn in range(max([1, *map(len, self.shaped.values())])):
+            self.turn = turn
+            self.entered.clear()
+            self._enter(self.model)
+            for path, key in plain:
+                self._walk_call(path, key)
         for path, key in calls:
-            module = self.model.get_submodule(path)
-            if is_shaped(key) and (id(module), key) in self.program.traces:
-                continue
-            trace = self._trace(module, key)
-            if trace is not None:
-                self._walk_entry(trace)
+            if is_shaped(key) and (id(self.model.get_submodule(path)), key) not in self.program.traces:
+                self._walk_call(path, key)
         return self.program
+
+    def _walk_call(self, path: str, key: CallKey) -> None:
+        trace = self._trace(self.model.get_submodule(path), key)
+        if trace is not None:
+            self._walk_entry(trace)
 
     def _enter(self, module: nn.Module) -> None:
         """Take ``module`` as called from code that has no graph."""
@@ -162,19 +172,21 @@ class _Stitcher:
             if not isinstance(module, nn.ModuleList | nn.ModuleDict):
                 self.program.untraceable[path] = "its forward takes *args"
             return None
-        if (id(module), key) not in self.program.traces:
+        called = id(module), key
+        if called not in self.program.traces and called not in self.failures:
             try:
-                trace = trace_module(module, key, path)
+                self.program.traces[called] = trace_module(module, key, path)
             except UntraceableError as reason:
-                if is_shaped(key):
-                    return None
-                for shaped in self.shaped.get(id(module), []):
-                    if _fits(shaped, key) and (found := self._trace(module, shaped)) is not None:
-                        return found
-                self.program.untraceable[path] = str(reason)
-                return None
-            self.program.traces[id(module), key] = trace
-        return self.program.traces[id(module), key]
+                self.failures[called] = str(reason)
+        if called in self.program.traces or is_shaped(key):
+            return self.program.traces.get(called)
+        fitting = [shaped for shaped in self.shaped.get(id(module), []) if _fits(shaped, key)]
+        for position in range(len(fitting)):
+            found = self._trace(module, fitting[(self.turn + position) % len(fitting)])
+            if found is not None:
+                return found
+        self.program.untraceable[path] = self.failures[called]
+        return None
 
     def _walk(self, trace: Trace, arguments: Mapping[str, Any]) -> Any:
         """Run the eval graph of ``trace`` on operations instead of tensors; return what it returns."""

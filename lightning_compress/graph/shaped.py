@@ -1,13 +1,14 @@
 """Tracing with shapes: the graph of a forward whose control flow hangs on the sizes of what it is given.
 
-Every value is followed for two batch sizes at once, on tensors without data. A size that is the same for both is a
-plain number; one that differs comes from the batch and stays symbolic.
+Every value is followed for several batch sizes at once, on tensors without data. A size that is the same for all is a
+plain number; one that differs comes from the batch and stays symbolic, and so does what is computed from it: a forward
+that decides by it has no graph.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -17,8 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-BATCH_SIZES = (2, 3)
-"""The batch sizes for which a forward is followed."""
+BATCH_SIZES = (2, 67, 1)
+"""The batch sizes for which a forward is followed; for the last only as far as it goes."""
+
+N_REQUIRED = 2
+"""How many of them it must take."""
+
+_LAYOUT = ("is_contiguous", "stride", "data_ptr", "storage_offset", "untyped_storage")
+"""What a tensor tells of its memory, which a graph leaves open."""
 
 _MARK = "<value>:"
 _UNKNOWN = object()
@@ -51,9 +58,28 @@ def _described(argument: Any, batch: Any) -> Any:
     sizes = [str(int(size)) for size in argument.shape[1:]]
     if argument.dim():
         sizes.insert(0, "?" if argument.shape[0] == batch else str(int(argument.shape[0])))
-    # One graph for every precision: autocast trains in another than the one that is exported.
-    dtype = torch.float32 if argument.is_floating_point() else argument.dtype
-    return f"{_MARK}{','.join(sizes)}:{str(dtype).removeprefix('torch.')}"
+    dtype, device = str(argument.dtype).removeprefix("torch."), argument.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype += f"@{str(torch.get_autocast_dtype(device)).removeprefix('torch.')}"
+    return f"{_MARK}{','.join(sizes)}:{dtype}"
+
+
+def in_float32(key: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
+    """Return ``key`` as it is for the same call in float32.
+
+    Example:
+        >>> in_float32((("x", "<value>:?,3:float32@bfloat16"), ("ids", "<value>:?:int64")))
+        (('x', '<value>:?,3:float32'), ('ids', '<value>:?:int64'))
+    """
+    return tuple((name, _in_float32(value)) for name, value in key)
+
+
+def _in_float32(value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith(_MARK):
+        return value
+    sizes, _, dtype = value.rpartition(":")
+    dtype = dtype.partition("@")[0]
+    return f"{sizes}:{'float32' if getattr(torch, dtype).is_floating_point else dtype}"
 
 
 def is_shaped(key: Sequence[tuple[str, Any]]) -> bool:
@@ -75,7 +101,8 @@ def is_opaque(target: Any) -> bool:
     """Tell whether a node calls a Python function of somebody else's, registered with `torch.fx.wrap`.
 
     Example:
-        >>> is_opaque(torch.relu), is_opaque(torch.nn.functional.relu), is_opaque(lambda x: x)
+        >>> import inspect
+        >>> is_opaque(torch.relu), is_opaque(torch.nn.functional.relu), is_opaque(inspect.signature)
         (False, False, True)
     """
     return isinstance(target, FunctionType) and target.__module__.partition(".")[0] not in (
@@ -128,11 +155,19 @@ class RecordedFactories(TorchFunctionMode):
 
 
 class ShapedProxy(fx.Proxy):
-    """Stands for a value whose shapes are known, for two batch sizes."""
+    """Stands for a value that is known, up to the data of tensors, for several batch sizes.
 
-    def __init__(self, node: fx.Node, tracer: Any, values: tuple[Any, Any]) -> None:
+    Args:
+        node: Its node.
+        tracer: Its tracer.
+        values: The value for each of `BATCH_SIZES`.
+        hangs: Whether it is a number that hangs on the batch.
+    """
+
+    def __init__(self, node: fx.Node, tracer: Any, values: tuple[Any, ...], hangs: bool = False) -> None:
         super().__init__(node, tracer)
         self.__dict__["_values"] = values
+        self.__dict__["_hangs"] = hangs
 
     def __getattr__(self, name: str) -> Any:
         if name == "shape":
@@ -145,10 +180,10 @@ class ShapedProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __len__(self) -> int:
-        values = self.__dict__["_values"]
-        if len(values[0]) != len(values[1]):
+        length = _common_length(self)
+        if length is None:
             raise TypeError("The length of a value hangs on the batch.")
-        return len(values[0])
+        return length
 
     def dim(self) -> int:
         """Return the number of dimensions."""
@@ -160,16 +195,32 @@ class ShapedProxy(fx.Proxy):
         return sizes if dim is None else sizes[dim]
 
     def _sizes(self) -> tuple[Any, ...]:
-        first, second = (tuple(value.shape) for value in self.__dict__["_values"])
-        if first == second:
-            return first
+        shapes = [tuple(value.shape) for value in _known(self)]
+        if shapes.count(shapes[0]) == len(shapes):
+            return shapes[0]
         shape = super().__getattr__("shape")
         return tuple(
-            int(one)
-            if one == other
+            int(sizes[0])
+            if sizes.count(sizes[0]) == len(sizes)
             else self.tracer.create_proxy("call_function", operator.getitem, (shape, position), {})
-            for position, (one, other) in enumerate(zip(first, second, strict=True))
+            for position, sizes in enumerate(zip(*shapes, strict=True))
         )
+
+
+def _known(proxy: ShapedProxy) -> list[Any]:
+    return [value for value in proxy.__dict__["_values"] if value is not _UNKNOWN]
+
+
+def _common_length(proxy: ShapedProxy) -> int | None:
+    """Return the length of a value, or None if it has none or one that hangs on the batch."""
+    lengths = {_length(value) for value in _known(proxy)}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _length(value: Any) -> int | None:
+    if isinstance(value, Tensor):
+        return int(value.shape[0]) if value.dim() else None
+    return len(value) if hasattr(value, "__len__") else None
 
 
 class ShapedTracing:
@@ -189,6 +240,8 @@ class ShapedTracing:
         hides = kind == "call_function" and is_opaque(target)
         if hides and takes_weights(args, kwargs):
             return _marked(target(*args, **kwargs))
+        if kind == "call_method" and target in _LAYOUT:
+            raise TypeError(f"`{target}` hangs on how a tensor lies in memory.")
         versions = _versions(args)
         values = self._outcome(kind, target, args, kwargs)
         if hides and versions != _versions(args):  # it is called for what it changes
@@ -196,23 +249,27 @@ class ShapedTracing:
         plain = super().create_proxy(kind, target, args, kwargs, *rest, **named)  # type: ignore[misc]
         if values is None:
             return plain
-        if target is not getattr and _is_plain(values[0]) and values[0] == values[1]:
-            return values[0]
-        return ShapedProxy(plain.node, self, values)
+        known = [value for value in values if value is not _UNKNOWN]
+        if target is getattr or not all(_is_plain(value) for value in known):
+            return ShapedProxy(plain.node, self, values)
+        if known.count(known[0]) == len(known) and not _any_hangs(args, kwargs):
+            return known[0]
+        return ShapedProxy(plain.node, self, values, hangs=True)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Decide a branch where both batch sizes take the same one."""
-        values = obj.__dict__.get("_values")
-        if values is None or isinstance(values[0], Tensor) or bool(values[0]) != bool(values[1]):
-            return bool(super().to_bool(obj))  # type: ignore[misc]
-        return bool(values[0])
+        """Decide a branch on whether there is anything in a container."""
+        if isinstance(obj, ShapedProxy) and isinstance(obj.__dict__["_values"][0], tuple | list):
+            length = _common_length(obj)
+            if length is not None:
+                return length > 0
+        return bool(super().to_bool(obj))  # type: ignore[misc]
 
     def iter(self, obj: fx.Proxy) -> Any:
         """Unpack a value whose length is known."""
-        values = obj.__dict__.get("_values")
-        if values is None or not hasattr(values[0], "__len__") or len(values[0]) != len(values[1]):
+        length = _common_length(obj) if isinstance(obj, ShapedProxy) else None
+        if length is None:
             return super().iter(obj)  # type: ignore[misc]
-        return iter([self.create_proxy("call_function", operator.getitem, (obj, i), {}) for i in range(len(values[0]))])
+        return iter([self.create_proxy("call_function", operator.getitem, (obj, i), {}) for i in range(length)])
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a child, for its shapes alone where that is what is asked."""
@@ -226,14 +283,18 @@ class ShapedTracing:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)  # type: ignore[misc]
 
-    def _outcome(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Return what an operation gives for either batch size, or None where nothing is known of its arguments."""
+    def _outcome(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
+        """Return what an operation gives for each batch size, or None where nothing is known of its arguments."""
         was_evaluating, self.is_evaluating = self.is_evaluating, True
         try:
-            results = tuple(self._evaluated(kind, target, args, kwargs, which) for which in range(2))
+            results = [self._evaluated(kind, target, args, kwargs, which) for which in range(N_REQUIRED)]
+            try:
+                results.append(self._evaluated(kind, target, args, kwargs, N_REQUIRED))
+            except Exception:  # such as a batch norm that refuses to train on one value
+                results.append(_UNKNOWN)
         finally:
             self.is_evaluating = was_evaluating
-        return None if any(result is _UNKNOWN for result in results) else (results[0], results[1])
+        return None if any(result is _UNKNOWN for result in results[:N_REQUIRED]) else tuple(results)
 
     def _evaluated(self, kind: str, target: Any, args: Any, kwargs: Any, which: int) -> Any:
         root: nn.Module = self.root  # type: ignore[attr-defined]
@@ -249,12 +310,25 @@ class ShapedTracing:
         if any(value is _UNKNOWN for value in found):
             return _UNKNOWN
         args, kwargs = pytree.tree_unflatten(found, spec)
-        with self._mode, torch.no_grad():
+        with _autocast_of(self.described.values(), _device_of(root)), self._mode, torch.no_grad():
             if kind == "call_module":
                 return root.get_submodule(target)(*args, **kwargs)
             if kind == "call_method":
                 return getattr(args[0], target)(*args[1:], **kwargs)
             return target(*args, **kwargs)
+
+
+def _autocast_of(described: Iterable[str], device: torch.device) -> torch.autocast:
+    """Return the precision in which a call was described, also where another one is switched on just now."""
+    names = [dtype.partition("@")[2] for dtype in described if "@" in dtype]
+    dtype = getattr(torch, names[0]) if names else None
+    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+    return torch.autocast(kind, dtype=dtype, enabled=bool(names), cache_enabled=False)
+
+
+def _any_hangs(args: Any, kwargs: Any) -> bool:
+    leaves = pytree.tree_leaves((args, kwargs))
+    return any(isinstance(leaf, ShapedProxy) and leaf.__dict__["_hangs"] for leaf in leaves)
 
 
 def new_mode() -> FakeTensorMode:
@@ -300,6 +374,7 @@ def _device_of(module: nn.Module) -> torch.device:
 
 def _example(description: str, batch: int, mode: FakeTensorMode, device: torch.device) -> Any:
     sizes, _, dtype = description.removeprefix(_MARK).partition(":")
+    dtype = dtype.partition("@")[0]
     if not dtype:
         return _UNKNOWN
     shape = [batch if size == "?" else int(size) for size in sizes.split(",") if size]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -216,10 +217,16 @@ def trace_module(module: nn.Module, key: CallKey, path: str = "") -> Trace:
 def _trace_forward(module: nn.Module, forward: Callable[..., Any], key: CallKey) -> fx.Graph:
     random_states = torch.get_rng_state(), random.getstate()
     attributes = _Attributes(module)
+    # Where shapes are followed, children run on tensors without data, and nothing of that may stay with them.
+    children = [_Attributes(child) for child in module.modules() if child is not module] if is_shaped(key) else []
+    for child in children:
+        vars(child.module).update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
     changed = None
     try:
         graph = _graph_of(module, forward, key)
     finally:
+        for child in children:
+            child.restore()
         changed = attributes.restore()
         drew = not torch.equal(random_states[0], torch.get_rng_state()) or random_states[1] != random.getstate()
         torch.set_rng_state(random_states[0])

@@ -411,11 +411,14 @@ class _Placer:
             elif kind == "weighted":
                 norm = id(operation.users[0].target) if self._only_user(operation, "norm") else -1
                 norms.setdefault(_weight_key(operation), set()).add(norm)
+        # A weight that a function is called on has a node in each graph of its module: one for every shape.
         return {
             layer: modules[norm]
             for layer, found in norms.items()
             for norm in found
-            if len(found) == 1 and norm != -1 and layers[norm] == {layer}
+            if found == {norm}
+            and norm != -1
+            and all(norms.get(other) == {norm} and self.names[other] == self.names[layer] for other in layers[norm])
         }
 
     def _row(self, operation: Operation, placement: Placement, names: dict[str, str]) -> PlacementRow:

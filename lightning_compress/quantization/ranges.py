@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,14 +231,21 @@ class ActivationRanges:
         pairs = zip(self.names, self.minimum.tolist(), self.maximum.tolist(), strict=True)
         return {name: (low, high) for name, low, high in pairs if math.isfinite(low)}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return names, bits, averages and the zero points of learned grids as plain types and CPU tensors."""
+    def state_dict(self, names: Collection[str] | None = None) -> dict[str, Any]:
+        """Return names, bits, averages and the zero points of learned grids as plain types and CPU tensors.
+
+        Args:
+            names: The quantizers that it tells of; by default all.
+        """
+        kept = [index for index, name in enumerate(self.names) if names is None or name in names]
         return {
-            "names": list(self.names),
-            "bits": list(self.bits),
-            "minimum": self.minimum.detach().cpu().clone(),
-            "maximum": self.maximum.detach().cpu().clone(),
-            "zero_points": {self.names[index]: grid.zero_point for index, grid in self.learned.items()},
+            "names": [self.names[index] for index in kept],
+            "bits": [self.bits[index] for index in kept],
+            "minimum": self.minimum.detach().cpu()[kept],
+            "maximum": self.maximum.detach().cpu()[kept],
+            "zero_points": {
+                self.names[index]: grid.zero_point for index, grid in self.learned.items() if index in kept
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -108,16 +108,12 @@ class RewrittenForward:
     def _knows(self, key: CallKey) -> bool:
         if key in self.variants:
             return True
-        if self.needs_shapes and (key in self.asked or not is_shaped(key)):
-            return False
-        if self.needs_shapes and len(self.asked) == MAX_CALL_KEYS:
-            self.state.forget_shapes(self.path)  # no shape is its own: its layers are rounded one by one
-        elif self.needs_shapes and self.state.is_observing:
+        if not self.needs_shapes:
+            if len(self.variants) < MAX_CALL_KEYS:
+                self.state.add_call(self.path, key)
+        elif is_shaped(key) and key not in self.asked and len(self.asked) < MAX_CALL_KEYS:
             self.asked.add(key)
             self.state.note_call(self.path, key)
-        elif len(self.variants) < MAX_CALL_KEYS:
-            self.asked.add(key)
-            self.state.add_call(self.path, key)
         return key in self.variants
 
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.graph import CallKey, Program, is_shaped, trace_program
+from lightning_compress.graph import CallKey, Program, in_float32, is_shaped, trace_program
 from lightning_compress.quantization.layers import FoldedNormForward, QuantizedLayerForward, ScaledNormForward
 from lightning_compress.quantization.placement import Placement, PlacementRow, place
 from lightning_compress.quantization.ranges import ActivationRanges
-from lightning_compress.quantization.rewrite import RewrittenForward, rewrite
+from lightning_compress.quantization.rewrite import MAX_CALL_KEYS, RewrittenForward, rewrite
 from lightning_compress.quantization.roles import QUANTIZABLE_LAYERS
 from lightning_compress.quantization.scheme import Scheme
 from lightning_compress.quantization.step_sizes import StepSizes
@@ -42,6 +42,7 @@ class Quantization:
         weights: What rounds each weight, by the name of its layer.
         steps: The learned step sizes.
         rows: What becomes of every operation.
+        shapeless: Modules that are called with too many shapes for graphs of their own.
         recorded: A list that takes the name and value of everything that is rounded, or None.
     """
 
@@ -57,18 +58,25 @@ class Quantization:
         self.rows: list[PlacementRow] = []
         self.untraceable: dict[str, str] = {}
         self.recorded: list[tuple[str, Tensor]] | None = None
+        self.shapeless: set[str] = set()
         self._calls: list[tuple[str, CallKey]] = []
+        self._used: set[str] = set()
         self._modules: set[int] = set()
         self._is_stale = False
         self.ranges.after_update = self._take_in_calls
         self._rewrite()
 
-    def analyse(self) -> tuple[Program, Placement]:
-        """Trace the model as it stands and place its quantizers; the same settings always give the same places."""
+    def analyse(self, *, in_float: bool = False) -> tuple[Program, Placement]:
+        """Trace the model as it stands and place its quantizers; the same settings always give the same places.
+
+        Args:
+            in_float: Whether it is to be called in float32, whatever the precision it was called in so far.
+        """
+        calls = [(path, in_float32(key)) for path, key in self._calls] if in_float else self._calls
         phases = self.is_quantizing, self.is_observing
         self.is_quantizing = self.is_observing = False  # tracing may run modules, on tensors without data
         try:
-            program = trace_program(self.model, self._calls)
+            program = trace_program(self.model, list(dict.fromkeys(calls)))
         finally:
             self.is_quantizing, self.is_observing = phases
         layers = [name for name, module in self.model.named_modules() if isinstance(module, QUANTIZABLE_LAYERS)]
@@ -81,19 +89,26 @@ class Quantization:
             self._rewrite()
 
     def note_call(self, path: str, key: CallKey) -> None:
-        """Take in one more way in which the module at ``path`` is called, at the next `refresh`."""
-        if (path, key) not in self._calls:
+        """Take in the shapes that the module at ``path`` is called with: after this step, or now if none is observed.
+
+        A module that is called with more than `MAX_CALL_KEYS` of them is given up: its layers are rounded one by one.
+        """
+        if path in self.shapeless or (path, key) in self._calls or _world_size() > 1:
+            return
+        shapes = [called for called, known in self._calls if called == path and is_shaped(known)]
+        if self.is_observing and len(shapes) + 1 >= MAX_CALL_KEYS:
+            self.shapeless.add(path)
+            self._calls = [(called, known) for called, known in self._calls if called != path or not is_shaped(known)]
+            self._is_stale = True
+        elif self.is_observing:
             self._calls.append((path, key))
             self._is_stale = True
+        elif len(shapes) + 1 < MAX_CALL_KEYS:
+            self.add_call(path, key)
 
     def _take_in_calls(self) -> None:
         if self._is_stale:
             self._rewrite()
-
-    def forget_shapes(self, path: str) -> None:
-        """Round the layers of the module at ``path`` one by one: it is called with more shapes than can be traced."""
-        self._calls = [(called, key) for called, key in self._calls if called != path or not is_shaped(key)]
-        self._rewrite()
 
     def refresh(self) -> None:
         """Look at the model again if new calls were noted, or modules put in place of those it was prepared with.
@@ -108,6 +123,8 @@ class Quantization:
         self.rows = placement.rows
         self.untraceable = program.untraceable
         self._is_stale = False
+        self._used = {*placement.bits, *(ACTIVATION_PREFIX + name for name in placement.bits)}
+        self._used |= {WEIGHT_PREFIX + place.name for place in placement.weights.values()}
         self._modules = {id(module) for module in self.model.modules()}
         rewrite(self.model, list(program.traces.values()), placement, self)
 
@@ -159,7 +176,7 @@ class Quantization:
     @property
     def layer_bits(self) -> dict[str, int]:
         """Bits of the weights of every quantized layer, by name."""
-        return {name: quantizer.bits for name, quantizer in self.weights.items()}
+        return {name: quantizer.bits for name, quantizer in self.weights.items() if WEIGHT_PREFIX + name in self._used}
 
     def unreached_layers(self) -> list[str]:
         """Return the names of the quantized layers whose input was never observed."""
@@ -187,8 +204,9 @@ class Quantization:
             "scheme": self.scheme.as_dict(),
             "is_quantizing": self.is_quantizing,
             "calls": [[path, [list(item) for item in key]] for path, key in self._calls],
-            "ranges": self.ranges.state_dict(),
-            "steps": self.steps.state_dict(),
+            "shapeless": sorted(self.shapeless),
+            "ranges": self.ranges.state_dict(self._used),
+            "steps": self.steps.state_dict(self._used),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -203,8 +221,9 @@ class Quantization:
                     f"The checkpoint was written with {setting}={state['scheme'].get(setting)}, this run has "
                     f"{setting}={ours}. Use the same setting to go on with it."
                 )
-        for path, items in state["calls"]:
-            self.add_call(path, tuple((name, value) for name, value in items))
+        self.shapeless = set(state.get("shapeless", ()))
+        self._calls = [(path, tuple((name, value) for name, value in items)) for path, items in state["calls"]]
+        self._rewrite()
         self.is_quantizing = state["is_quantizing"]
         self.ranges.load_state_dict(state["ranges"])
         self.steps.load_state_dict(state["steps"])
@@ -215,6 +234,10 @@ class Quantization:
                 quantizer = name.removeprefix(ACTIVATION_PREFIX)
                 index = self.ranges.names.index(quantizer)
                 self.ranges.learn(index, step, state["ranges"]["zero_points"][quantizer])
+
+
+def _world_size() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def prepare(model: nn.Module, scheme: Scheme | None = None, **settings: Any) -> Quantization:

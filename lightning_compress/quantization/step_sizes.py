@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -184,10 +185,19 @@ class StepSizes:
             leaf.data.copy_(new.view_as(leaf))
             leaf.grad = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return step sizes and averages as CPU tensors."""
-        steps = {name: leaf.detach().cpu().clone() for name, leaf in self.leaves.items()}
-        return {"steps": steps, "moments": self._moments.cpu().clone()}
+    def state_dict(self, names: Collection[str] | None = None) -> dict[str, Any]:
+        """Return step sizes and averages as CPU tensors.
+
+        Args:
+            names: The step sizes that it tells of; by default all.
+        """
+        kept = [name for name in self.leaves if names is None or name in names]
+        moments = torch.split(self._moments.cpu(), [leaf.numel() for leaf in self.leaves.values()], 1)
+        by_name = dict(zip(self.leaves, moments, strict=True)) if self.leaves else {}
+        return {
+            "steps": {name: self.leaves[name].detach().cpu().clone() for name in kept},
+            "moments": torch.cat([by_name[name] for name in kept], 1) if kept else torch.empty(3, 0),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a `state_dict`; what `add` returned before is trained no more."""
