@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -250,7 +252,8 @@ def _graph_of(module: nn.Module, forward: Callable[..., Any], key: CallKey) -> f
     reason = None
     for tracer in tracers:
         try:
-            return tracer(forward, dict(key)).trace(module)
+            with _silent_attempts():
+                return tracer(forward, dict(key)).trace(module)
         except UntraceableError as error:
             reason = reason or error
         except Exception as error:  # user code on proxies may raise anything at all: whatever it is, a graph is missing
@@ -259,6 +262,17 @@ def _graph_of(module: nn.Module, forward: Callable[..., Any], key: CallKey) -> f
             reason.__cause__ = reason.__cause__ or error
     assert reason is not None
     raise reason
+
+
+@contextmanager
+def _silent_attempts() -> Iterator[None]:
+    """Keep torch from printing the trace of what fails on tensors without data: that is an answer here."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
 
 
 class _Attributes:
