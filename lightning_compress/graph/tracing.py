@@ -148,6 +148,8 @@ def is_operator(module: nn.Module) -> bool:
     """
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return False
+    if isinstance(module, torch.jit.ScriptModule):
+        return True  # compiled already, and closed
     if any(name != "parametrizations" for name, _ in module.named_children()):
         return False
     owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))

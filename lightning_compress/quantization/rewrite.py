@@ -91,7 +91,7 @@ class RewrittenForward:
             return self._run(self.positional[1], args, args, kwargs)
         key = call_key(self.signature, args, kwargs)
         arguments = call_arguments(self.signature, args, kwargs)
-        if key is not None and arguments is not None and self.needs_shapes:
+        if key is not None and arguments is not None and self.needs_shapes and key not in self.variants:
             key = shaped_key(key, arguments)
         if key is None or arguments is None or not self._knows(key):
             return type(self.owner).forward(self.owner, *args, **kwargs)
