@@ -139,6 +139,22 @@ def forward_signature(module: nn.Module) -> inspect.Signature:
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Tell whether somebody set a forward on ``module`` itself, in place of the one of its class.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> has_own_forward(layer)
+        False
+        >>> layer.forward = torch.relu
+        >>> has_own_forward(layer)
+        True
+    """
+    forward = vars(module).get("forward")
+    is_of_class = getattr(forward, "__func__", None) is type(module).forward
+    return forward is not None and not is_of_class and not getattr(forward, "stands_in", False)
+
+
 def is_operator(module: nn.Module) -> bool:
     """Tell whether ``module`` counts as one operation: its forward was written in `torch.nn`, and it calls no other.
 
@@ -150,7 +166,7 @@ def is_operator(module: nn.Module) -> bool:
         return False
     if isinstance(module, torch.jit.ScriptModule):
         return True  # compiled already, and closed
-    if any(name != "parametrizations" for name, _ in module.named_children()):
+    if has_own_forward(module) or any(name != "parametrizations" for name, _ in module.named_children()):
         return False
     owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
     return owner.__module__.startswith("torch.nn.")
@@ -204,6 +220,8 @@ def trace_module(module: nn.Module, key: CallKey, path: str = "") -> Trace:
         >>> [node.op for node in trace.evaluation.nodes]
         ['placeholder', 'call_module', 'call_module', 'output']
     """
+    if has_own_forward(module):
+        raise UntraceableError("its forward was set on the module itself, and not by its class")
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     equivalent = equivalent_of(module)
     forward = type(module).forward if equivalent is None else equivalent.forward

@@ -92,6 +92,9 @@ class QuantizedLayerForward:
         after: Place at its output; likewise.
     """
 
+    stands_in = True
+    """It does what the forward of the class does, and more."""
+
     def __init__(
         self,
         owner: nn.Module,
@@ -149,6 +152,9 @@ class FoldedNormForward:
         state: The state of the whole model.
     """
 
+    stands_in = True
+    """It does what the forward of the class does, and more."""
+
     def __init__(self, owner: nn.Module, state: Quantization) -> None:
         self.owner = owner
         self.state = state
@@ -170,6 +176,9 @@ class ScaledNormForward:
         state: The state of the whole model.
         input_index: Index of the quantizer whose grid its input lies on, or None.
     """
+
+    stands_in = True
+    """It does what the forward of the class does, and more."""
 
     def __init__(self, owner: nn.Module, state: Quantization, input_index: int | None) -> None:
         self.owner = owner

@@ -18,6 +18,7 @@ from lightning_compress.graph import (
     call_arguments,
     call_key,
     forward_signature,
+    has_own_forward,
     is_operator,
     is_shaped,
     passed_parameters,
@@ -51,6 +52,9 @@ class RewrittenForward:
         state: The state of the whole model.
         path: Name of the module in the model.
     """
+
+    stands_in = True
+    """It does what the forward of the class does, and more."""
 
     def __init__(self, owner: nn.Module, state: Quantization, path: str) -> None:
         self.owner = owner
@@ -146,7 +150,8 @@ class _Rewriter:
         for layer in layers:
             self._add_weight(id(layer), isinstance(layer, TRANSPOSED_LAYERS))
         for path in self.state.untraceable:
-            if not is_operator(module := self.model.get_submodule(path)):
+            module = self.model.get_submodule(path)
+            if not is_operator(module) and not has_own_forward(module):
                 self._ask_for_shapes(module, path)
         for trace in traces:
             self._rewrite_module(trace)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.graph import CallKey, Program, in_float32, is_shaped, trace_program
+from lightning_compress.graph import CallKey, Program, has_own_forward, in_float32, is_shaped, trace_program
 from lightning_compress.quantization.layers import FoldedNormForward, QuantizedLayerForward, ScaledNormForward
 from lightning_compress.quantization.placement import Placement, PlacementRow, place
 from lightning_compress.quantization.ranges import ActivationRanges
@@ -191,7 +191,12 @@ class Quantization:
 
     def waiting_layers(self) -> list[str]:
         """Return the names of the layers whose own forward has a graph only for known shapes: they wait for a call."""
-        return [name for name in self.untraceable if isinstance(self.model.get_submodule(name), QUANTIZABLE_LAYERS)]
+        layers = {name: self.model.get_submodule(name) for name in self.untraceable}
+        return [
+            name
+            for name, layer in layers.items()
+            if isinstance(layer, QUANTIZABLE_LAYERS) and not has_own_forward(layer)
+        ]
 
     def recurrent_layers(self) -> list[str]:
         """Return the names of torch's recurrent layers and cells: they have no integer form and stay in float."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_compress.errors import ExportError
 from lightning_compress.export import export_onnx
-from lightning_compress.quantization import prepare
+from lightning_compress.quantization import calibrate, prepare, strip
 from tests.any_model.inputs import random_values
 from tests.any_model.journey import Example, check, loss_of
 
@@ -149,3 +149,38 @@ def test_an_export_names_what_it_cannot_follow_and_the_part_around_it_works(tmp_
         export_onnx(model, IMAGE(8, 0), tmp_path / "model.onnx")
     result = export_onnx(model.features, IMAGE(8, 0), tmp_path / "features.onnx", verify_inputs=[IMAGE(5, 1)])
     assert result.audit.counts() == {"conv": (1, 1)}
+
+
+def test_a_forward_that_was_set_on_a_module_itself_is_what_runs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    plain, linear = copy.deepcopy(model), nn.Linear.forward
+    for network in (model, plain):
+        network[1].forward = lambda x, layer=network[1]: linear(layer, x) * 2
+        network[2].forward = lambda x, block=network[2]: block.get_submodule("0")(x) + 1
+    quantization = prepare(model)
+    x = torch.randn(3, 4)
+    assert torch.equal(model(x), plain(x))
+    calibrate(model, [x])
+    assert list(quantization.layer_bits) == ["0", "2.0"]
+    quantization.is_quantizing = True
+    assert 0 < (model(x) - plain(x)).norm() < 0.05 * plain(x).norm()
+    own = model[1].forward
+    assert strip(model).get_submodule("1").forward is own
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_a_compiled_part_stays_as_it_is() -> None:
+    class Scales(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    x = torch.randn(3, 4)
+    compiled: nn.Module = torch.jit.trace(Scales(), x)  # type: ignore[no-untyped-call]
+    model = nn.Sequential(nn.Linear(4, 4), compiled, nn.Linear(4, 4))
+    expected = model(x)
+    quantization = prepare(model)
+    calibrate(model, [x])
+    assert torch.equal(model(x), expected)
+    quantization.is_quantizing = True
+    assert 0 < (model(x) - expected).norm() < 0.05 * expected.norm()
