@@ -200,9 +200,21 @@ class ActivationRanges:
     def _grid_over(self, index: int, minimum: Tensor, maximum: Tensor) -> AffineGrid:
         if not (torch.isfinite(minimum) and torch.isfinite(maximum)):
             raise _not_finite(self.names[index])
-        largest = torch.tensor([float(2 ** self.bits[index] - 1)], device=minimum.device)
-        scale, zero_point = affine_parameters(minimum.view(1), maximum.view(1), largest, self.symmetric)
+        scale, zero_point = self.parameters_over(index, minimum, maximum)
         return AffineGrid(scale.item(), int(zero_point.item()), self.bits[index])
+
+    def parameters_over(self, index: int, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point (int32), as 0-d tensors, with which quantizer ``index`` covers a range.
+
+        Args:
+            index: Which quantizer.
+            minimum: The least value to cover, a 0-d tensor.
+            maximum: The greatest.
+        """
+        largest = torch.tensor([float(2 ** self.bits[index] - 1)], device=minimum.device)
+        bounds = minimum.detach().view(1), maximum.detach().view(1)
+        scale, zero_point = affine_parameters(*bounds, largest, self.symmetric)
+        return scale[0], zero_point[0].to(torch.int32)
 
     def parameters(self, index: int) -> tuple[Tensor, Tensor]:
         """Return scale and zero point (int32) of quantizer ``index`` as 0-d tensors, without a wait for the device."""

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from lightning_compress.graph import attention
 from lightning_compress.quantization.affine import (
     NO_CLAMP,
-    affine_parameters,
     fake_quantize,
     fake_quantize_,
     fake_quantize_traced,
@@ -105,10 +104,7 @@ class QuantizerSite:
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             ranges.pin(self.index, x)
             return self._round(x)
-        largest = torch.tensor([float(2 ** ranges.bits[self.index] - 1)], device=x.device)
-        minimum, maximum = torch.aminmax(x.detach())
-        scale, zero_point = affine_parameters(minimum.view(1), maximum.view(1), largest, ranges.symmetric)
-        return self._on_grid(x, scale[0], zero_point[0].to(torch.int32))
+        return self._on_grid(x, *ranges.parameters_over(self.index, *torch.aminmax(x.detach())))
 
     def _may_overwrite(self, x: Tensor) -> bool:
         is_kept = any(module is not None and has_hooks(module) for module in (self.producer, self.activation))
@@ -116,15 +112,12 @@ class QuantizerSite:
 
     def _round_with_tensors(self, x: Tensor) -> Tensor:
         ranges = self.state.ranges
-        if not ranges.is_seen(self.index) and not self.state.is_observing:
-            return x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
-        if not ranges.is_seen(self.index):
-            clamped = x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
-            ranges.start_from(self.index, *self._range(x))
-            grid = ranges.grid(self.index)
-            return clamped if grid is None else fake_quantize(clamped, grid)
-        scale, zero_point = ranges.parameters(self.index)
-        return self._on_grid(x, scale.to(x.device), zero_point.to(x.device))
+        if ranges.is_seen(self.index):
+            scale, zero_point = ranges.parameters(self.index)
+            return self._on_grid(x, scale.to(x.device), zero_point.to(x.device))
+        if self.state.is_observing:
+            return self._on_grid(x, *ranges.parameters_over(self.index, *self._range(x)))
+        return x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
 
     def _on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         largest = 2 ** self.state.ranges.bits[self.index] - 1

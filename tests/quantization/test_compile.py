@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from lightning_compress.quantization import Quantization, quantization_of
+from lightning_compress.quantization import Quantization, prepare, quantization_of
 from tests.small_networks import NETWORKS, images, quantized, warmed
 
 
@@ -66,3 +66,20 @@ def test_a_run_with_observations_compiles_twice_and_learns_its_ranges() -> None:
     assert counters["graph_break"] == {}
     assert counters["stats"]["unique_graphs"] == 2  # observing or not
     assert quantization.ranges.as_dict()["x"][1] > 1.5 * before["x"][1]
+
+
+def test_the_first_rounded_step_is_one_graph_too_with_ranges_of_its_own_batch() -> None:
+    torch.manual_seed(0)
+    # Without biases: those are rounded to a range's grid from the second step on.
+    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1, bias=False)]
+    model = nn.Sequential(*layers)
+    quantization = prepare(model)
+    quantization.is_observing = quantization.is_quantizing = True
+    plain = copy.deepcopy(model)
+    x = images()
+    found = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, plain(x), rtol=0, atol=1e-6)
+    quantization.ranges.update()
+    state_of(plain).ranges.update()
+    assert quantization.ranges.as_dict() == state_of(plain).ranges.as_dict()
+    assert not quantization.ranges.unseen()
