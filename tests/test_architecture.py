@@ -22,7 +22,10 @@ LAYER = {
     "schedules": 0,
     "selection": 0,
     "copying": 0,
-    "errors": 0,
+    "compiled": -1,
+    "errors": -1,
+    "processes": 0,
+    "settings": 0,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -4,6 +4,7 @@ from lightning_compress.graph.equivalents import attention
 from lightning_compress.graph.in_place import is_in_place, memory_of
 from lightning_compress.graph.program import Operation, Program, trace_program
 from lightning_compress.graph.shaped import in_float32, is_passed, is_shaped, shaped_key
+from lightning_compress.graph.stand_ins import StandIn, forward_on, has_own_forward, take_off, uncover
 from lightning_compress.graph.tracing import (
     CallKey,
     Trace,
@@ -12,7 +13,6 @@ from lightning_compress.graph.tracing import (
     call_key,
     entry_key,
     forward_signature,
-    has_own_forward,
     is_operator,
     overwritten_parameters,
     passed_parameters,
@@ -23,12 +23,14 @@ __all__ = [
     "CallKey",
     "Operation",
     "Program",
+    "StandIn",
     "Trace",
     "UntraceableError",
     "attention",
     "call_arguments",
     "call_key",
     "entry_key",
+    "forward_on",
     "forward_signature",
     "has_own_forward",
     "in_float32",
@@ -40,6 +42,8 @@ __all__ = [
     "overwritten_parameters",
     "passed_parameters",
     "shaped_key",
+    "take_off",
     "trace_module",
     "trace_program",
+    "uncover",
 ]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -26,6 +27,7 @@ from lightning_compress.graph.shaped import (
     new_mode,
     takes_weights,
 )
+from lightning_compress.graph.stand_ins import has_own_forward
 
 _PASSED = "<value>"
 """Stands in a call key for an argument whose value is known only when the module runs."""
@@ -139,22 +141,6 @@ def forward_signature(module: nn.Module) -> inspect.Signature:
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-def has_own_forward(module: nn.Module) -> bool:
-    """Tell whether somebody set a forward on ``module`` itself, in place of the one of its class.
-
-    Example:
-        >>> layer = nn.Linear(2, 2)
-        >>> has_own_forward(layer)
-        False
-        >>> layer.forward = torch.relu
-        >>> has_own_forward(layer)
-        True
-    """
-    forward = vars(module).get("forward")
-    is_of_class = getattr(forward, "__func__", None) is type(module).forward
-    return forward is not None and not is_of_class and not getattr(forward, "stands_in", False)
-
-
 def is_operator(module: nn.Module) -> bool:
     """Tell whether ``module`` counts as one operation: its forward was written in `torch.nn`, and it calls no other.
 
@@ -237,7 +223,7 @@ def trace_module(module: nn.Module, key: CallKey, path: str = "") -> Trace:
 
 
 def _trace_forward(module: nn.Module, forward: Callable[..., Any], key: CallKey) -> fx.Graph:
-    random_states = torch.get_rng_state(), random.getstate()
+    generators = _Generators()
     attributes = _Attributes(module)
     # Where shapes are followed, children run on tensors without data, and nothing of that may stay with them.
     children = [_Attributes(child) for child in module.modules() if child is not module] if is_shaped(key) else []
@@ -250,9 +236,7 @@ def _trace_forward(module: nn.Module, forward: Callable[..., Any], key: CallKey)
         for child in children:
             child.restore()
         changed = attributes.restore()
-        drew = not torch.equal(random_states[0], torch.get_rng_state()) or random_states[1] != random.getstate()
-        torch.set_rng_state(random_states[0])
-        random.setstate(random_states[1])
+        drew = generators.restore()
     if drew:
         raise UntraceableError("its forward draws random numbers that a graph would freeze")
     if changed is not None:
@@ -293,6 +277,24 @@ def _silent_attempts() -> Iterator[None]:
         yield
     finally:
         logger.disabled = was_disabled
+
+
+class _Generators:
+    """The states of the generators of random numbers, of torch, Python and numpy."""
+
+    def __init__(self) -> None:
+        self.torch, self.python = torch.get_rng_state(), random.getstate()
+        self.numpy: tuple[Any, ...] = np.random.get_state(legacy=True)  # type: ignore[assignment]
+
+    def restore(self) -> bool:
+        """Set them as they were; tell whether any number was drawn since."""
+        now = _Generators()
+        torch.set_rng_state(self.torch)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        # The third part of numpy's state counts the numbers drawn from the second.
+        same = torch.equal(self.torch, now.torch) and self.python == now.python and self.numpy[2] == now.numpy[2]
+        return not same
 
 
 class _Attributes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -105,3 +107,14 @@ def freeze_batchnorm_(model: nn.Module) -> list[nn.Module]:
     for module in trained:
         module.eval()
     return trained
+
+
+def running_statistics(norms: Iterable[nn.Module]) -> list[Tensor]:
+    """Return the running means and variances of ``norms``, the tensors themselves.
+
+    Example:
+        >>> running_statistics([nn.BatchNorm1d(1)])
+        [tensor([0.]), tensor([1.])]
+    """
+    statistics = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
+    return [statistic for statistic in statistics if isinstance(statistic, Tensor)]

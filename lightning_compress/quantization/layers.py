@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.graph import StandIn
 from lightning_compress.quantization.batchnorm import INT32_LIMIT, norm_factor_and_offset
 from lightning_compress.quantization.roles import TRANSPOSED_LAYERS
 from lightning_compress.quantization.sites import QuantizerSite
@@ -81,7 +82,7 @@ def rounded_bias(state: Quantization, input_index: int | None, bias: Tensor, sca
     return bias + (rounded - bias.detach())
 
 
-class QuantizedLayerForward:
+class QuantizedLayerForward(StandIn):
     """The forward of a convolution or linear layer on rounded weights.
 
     Args:
@@ -92,9 +93,6 @@ class QuantizedLayerForward:
         after: Place at its output; likewise.
     """
 
-    stands_in = True
-    """It does what the forward of the class does, and more."""
-
     def __init__(
         self,
         owner: nn.Module,
@@ -103,7 +101,7 @@ class QuantizedLayerForward:
         before: QuantizerSite | None = None,
         after: QuantizerSite | None = None,
     ) -> None:
-        self.owner = owner
+        super().__init__(owner)
         self.state = state
         self.weight = weight
         self.before = before
@@ -144,7 +142,7 @@ class QuantizedCall:
         return self.function(input, weight, bias, *args, **kwargs)  # type: ignore[no-any-return]
 
 
-class FoldedNormForward:
+class FoldedNormForward(StandIn):
     """The forward of a batch norm that folds: nothing, where the layer before it has taken it over.
 
     Args:
@@ -152,11 +150,8 @@ class FoldedNormForward:
         state: The state of the whole model.
     """
 
-    stands_in = True
-    """It does what the forward of the class does, and more."""
-
     def __init__(self, owner: nn.Module, state: Quantization) -> None:
-        self.owner = owner
+        super().__init__(owner)
         self.state = state
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -166,7 +161,7 @@ class FoldedNormForward:
         return type(self.owner).forward(self.owner, input)  # type: ignore[no-any-return]
 
 
-class ScaledNormForward:
+class ScaledNormForward(StandIn):
     """The forward of a batch norm that folds nowhere: with running statistics, a scale and an integer shift.
 
     The scale of a channel is an integer, 127 or -127, times ``|factor| / 127``: it ships without a loss.
@@ -177,11 +172,8 @@ class ScaledNormForward:
         input_index: Index of the quantizer whose grid its input lies on, or None.
     """
 
-    stands_in = True
-    """It does what the forward of the class does, and more."""
-
     def __init__(self, owner: nn.Module, state: Quantization, input_index: int | None) -> None:
-        self.owner = owner
+        super().__init__(owner)
         self.state = state
         self.input_index = input_index
 

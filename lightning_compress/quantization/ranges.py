@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.processes import collective_device, n_processes
 from lightning_compress.quantization.affine import AffineGrid, affine_parameters
 from lightning_compress.quantization.estimators import RangeMethod, estimate_range
 
@@ -126,13 +127,12 @@ class ActivationRanges:
         Raises:
             CompressionError: If an observed value is NaN or infinite (found here on the CPU, in `check` elsewhere).
         """
-        is_distributed = distributed.is_available() and distributed.is_initialized()
-        if self._pending or is_distributed:
-            self._take_in_observations(is_distributed)
+        if self._pending or n_processes() > 1:
+            self._take_in_observations()
         if self.after_update is not None:
             self.after_update()
 
-    def _take_in_observations(self, is_distributed: bool) -> None:
+    def _take_in_observations(self) -> None:
         # A process whose batch was empty has seen nothing, and still meets the others below.
         device = self._pending[0][1].device if self._pending else self.minimum.device
         minimum, maximum = self.minimum.to(device), self.maximum.to(device)
@@ -143,9 +143,12 @@ class ActivationRanges:
             least = least.scatter_reduce(0, indices, torch.stack([low for _, low, _ in self._pending]), "amin")
             greatest = greatest.scatter_reduce(0, indices, torch.stack([high for _, _, high in self._pending]), "amax")
         self._pending.clear()
-        if is_distributed:
+        if n_processes() > 1:
+            device = collective_device()
+            least, greatest = least.to(device), greatest.to(device)
             distributed.all_reduce(least, distributed.ReduceOp.MIN)
             distributed.all_reduce(greatest, distributed.ReduceOp.MAX)
+            minimum, maximum = minimum.to(device), maximum.to(device)
         self.minimum = self._averaged(minimum, least, math.inf)
         self.maximum = self._averaged(maximum, greatest, -math.inf)
         self._renew()

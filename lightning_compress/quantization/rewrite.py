@@ -14,9 +14,11 @@ from torch import Tensor, fx, nn
 
 from lightning_compress.graph import (
     CallKey,
+    StandIn,
     Trace,
     call_arguments,
     call_key,
+    forward_on,
     forward_signature,
     has_own_forward,
     is_operator,
@@ -44,7 +46,7 @@ MAX_CALL_KEYS = 8
 """Ways of calling one module that are rewritten; past that a module runs as it was written."""
 
 
-class RewrittenForward:
+class RewrittenForward(StandIn):
     """The forward of a composite module with rounding put in; one variant for each way it is called.
 
     Args:
@@ -53,11 +55,8 @@ class RewrittenForward:
         path: Name of the module in the model.
     """
 
-    stands_in = True
-    """It does what the forward of the class does, and more."""
-
     def __init__(self, owner: nn.Module, state: Quantization, path: str) -> None:
-        self.owner = owner
+        super().__init__(owner)
         self.state = state
         self.path = path
         self.signature = forward_signature(owner)
@@ -159,10 +158,10 @@ class _Rewriter:
             self._rewrite_layer(layer)
         for module in self.model.modules():
             if id(module) in self.placement.folded:
-                _set_forward(module, FoldedNormForward(module, self.state))
+                FoldedNormForward(module, self.state).put_on()
             elif id(module) in self.placement.norms:
                 index = self._index(self.placement.norms[id(module)])
-                _set_forward(module, ScaledNormForward(module, self.state, index))
+                ScaledNormForward(module, self.state, index).put_on()
 
     def _rewrite_module(self, trace: Trace) -> None:
         nodes, calls = self.placement.nodes, dict[fx.Node, Callable[..., Any]]()
@@ -179,34 +178,32 @@ class _Rewriter:
             elif node in self.placement.attentions:
                 spots = self.placement.attentions[node]
                 calls[node] = AttentionSites(self.state, {name: self._site(spot) for name, spot in spots.items()})
-        forward = vars(trace.module).get("forward")
+        forward = forward_on(trace.module)
         if not isinstance(forward, RewrittenForward):
             forward = RewrittenForward(trace.module, self.state, trace.path)
-            _set_forward(trace.module, forward)
+            forward.put_on()
         forward.add(trace.key, RewrittenGraph(trace, Edits(sites, calls), self.state))
 
     def _ask_for_shapes(self, module: nn.Module, path: str) -> None:
         """Let a module without a graph tell the shapes it is called with: with them it may have one."""
-        forward = vars(module).get("forward")
+        forward = forward_on(module)
         if not isinstance(forward, RewrittenForward):
             forward = RewrittenForward(module, self.state, path)
-            _set_forward(module, forward)
+            forward.put_on()
         forward.needs_shapes = True
         forward.variants.clear()
 
     def _rewrite_layer(self, layer: nn.Module) -> None:
         before = self.placement.layer_inputs.get(id(layer))
         after = self.placement.layer_outputs.get(id(layer))
-        _set_forward(
+        forward = QuantizedLayerForward(
             layer,
-            QuantizedLayerForward(
-                layer,
-                self.state,
-                self._weight(id(layer)),
-                None if before is None else self._site(before),
-                None if after is None else self._site(after),
-            ),
+            self.state,
+            self._weight(id(layer)),
+            None if before is None else self._site(before),
+            None if after is None else self._site(after),
         )
+        forward.put_on()
 
     def _add_weight(self, key: WeightKey, is_transposed: bool) -> None:
         place = self.placement.weights[key]
@@ -224,10 +221,6 @@ class _Rewriter:
         # Out of place: untraced code may overwrite what it gets, and an in-place rounding needs its result for
         # backward.
         return QuantizerSite(self.state, self.state.ranges.names.index(place.quantizer), place.clamp, in_place=False)
-
-
-def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    vars(module)["forward"] = forward
 
 
 def _are_tensors(values: tuple[Any, ...]) -> bool:

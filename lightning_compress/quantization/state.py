@@ -6,11 +6,22 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.graph import CallKey, Program, has_own_forward, in_float32, is_shaped, trace_program
-from lightning_compress.quantization.layers import FoldedNormForward, QuantizedLayerForward, ScaledNormForward
+from lightning_compress.graph import (
+    CallKey,
+    Program,
+    forward_on,
+    has_own_forward,
+    in_float32,
+    is_shaped,
+    take_off,
+    trace_program,
+    uncover,
+)
+from lightning_compress.processes import n_processes, union
+from lightning_compress.quantization.layers import QuantizedLayerForward
 from lightning_compress.quantization.placement import Placement, PlacementRow, place
 from lightning_compress.quantization.ranges import ActivationRanges
 from lightning_compress.quantization.rewrite import MAX_CALL_KEYS, RewrittenForward, rewrite
@@ -18,12 +29,10 @@ from lightning_compress.quantization.roles import QUANTIZABLE_LAYERS
 from lightning_compress.quantization.scheme import Scheme
 from lightning_compress.quantization.step_sizes import StepSizes
 from lightning_compress.quantization.weights import WeightQuantizer
+from lightning_compress.settings import check_same_settings
 
 WEIGHT_PREFIX, ACTIVATION_PREFIX = "weight of ", "activation at "
 """What the names of step sizes begin with."""
-
-OUR_FORWARDS = (RewrittenForward, QuantizedLayerForward, FoldedNormForward, ScaledNormForward)
-"""The forwards that we set on modules."""
 
 
 class Quantization:
@@ -60,9 +69,9 @@ class Quantization:
         self.recorded: list[tuple[str, Tensor]] | None = None
         self.shapeless: set[str] = set()
         self._calls: list[tuple[str, CallKey]] = []
+        self._noted: list[tuple[str, CallKey]] = []
         self._used: set[str] = set()
         self._modules: set[int] = set()
-        self._is_stale = False
         self.ranges.after_update = self._take_in_calls
         self._rewrite()
 
@@ -82,47 +91,64 @@ class Quantization:
         layers = [name for name, module in self.model.named_modules() if isinstance(module, QUANTIZABLE_LAYERS)]
         return program, place(program, self.scheme, layers)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def add_call(self, path: str, key: CallKey) -> None:
         """Take in one more way in which the module at ``path`` is called."""
-        if (path, key) not in self._calls:
+        if n_processes() > 1:
+            self._note(path, key)
+        elif (path, key) not in self._calls:
             self._calls.append((path, key))
             self._rewrite()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def note_call(self, path: str, key: CallKey) -> None:
         """Take in the shapes that the module at ``path`` is called with: after this step, or now if none is observed.
 
         A module that is called with more than `MAX_CALL_KEYS` of them is given up: its layers are rounded one by one.
         """
-        if path in self.shapeless or (path, key) in self._calls or _world_size() > 1:
-            return
-        shapes = [called for called, known in self._calls if called == path and is_shaped(known)]
-        if self.is_observing and len(shapes) + 1 >= MAX_CALL_KEYS:
-            self.shapeless.add(path)
-            self._calls = [(called, known) for called, known in self._calls if called != path or not is_shaped(known)]
-            self._is_stale = True
-        elif self.is_observing:
-            self._calls.append((path, key))
-            self._is_stale = True
-        elif len(shapes) + 1 < MAX_CALL_KEYS:
+        if self.is_observing or n_processes() > 1:
+            self._note(path, key)
+        elif path not in self.shapeless and self._n_shapes(path) + 1 < MAX_CALL_KEYS:
             self.add_call(path, key)
 
+    def _note(self, path: str, key: CallKey) -> None:
+        if (path, key) not in self._noted:
+            self._noted.append((path, key))
+
     def _take_in_calls(self) -> None:
-        if self._is_stale:
+        """Take in what was noted since the last observation, in every process what any of them has noted."""
+        noted, self._noted, is_stale = union(self._noted), [], False
+        for path, key in noted:
+            if path in self.shapeless or (path, key) in self._calls:
+                continue
+            is_stale = True
+            if is_shaped(key) and self._n_shapes(path) + 1 >= MAX_CALL_KEYS:
+                self.shapeless.add(path)
+                self._calls = [call for call in self._calls if call[0] != path or not is_shaped(call[1])]
+            else:
+                self._calls.append((path, key))
+        if is_stale:
             self._rewrite()
+
+    def _n_shapes(self, path: str) -> int:
+        return sum(called == path and is_shaped(key) for called, key in self._calls)
 
     def refresh(self) -> None:
         """Look at the model again if new calls were noted, or modules put in place of those it was prepared with.
 
-        Converting batch norms to `SyncBatchNorm` does the latter, as a Trainer does when it sets its strategy up.
+        Converting batch norms to `SyncBatchNorm` does the latter, as a Trainer does when it sets its strategy up. A
+        Trainer that is handed the result of `torch.compile` also wraps the forward anew at every fit.
         """
-        if self._is_stale or {id(module) for module in self.model.modules()} != self._modules:
+        for module in self.model.modules():
+            uncover(module)
+        self._take_in_calls()
+        if {id(module) for module in self.model.modules()} != self._modules:
             self._rewrite()
 
     def _rewrite(self) -> None:
         program, placement = self.analyse()
         self.rows = placement.rows
         self.untraceable = program.untraceable
-        self._is_stale = False
         self._used = {*placement.bits, *(ACTIVATION_PREFIX + name for name in placement.bits)}
         self._used |= {WEIGHT_PREFIX + place.name for place in placement.weights.values()}
         self._modules = {id(module) for module in self.model.modules()}
@@ -137,7 +163,7 @@ class Quantization:
         """
         self.is_learning = True
         for module in self.model.modules():
-            forward = vars(module).get("forward")
+            forward = forward_on(module)
             if isinstance(forward, QuantizedLayerForward):
                 assert isinstance(module.weight, Tensor)
                 self.learn_weight(forward.weight.name, module.weight)
@@ -180,7 +206,7 @@ class Quantization:
 
     def unreached_layers(self) -> list[str]:
         """Return the names of the quantized layers whose input was never observed."""
-        forwards = {name: vars(module).get("forward") for name, module in self.model.named_modules()}
+        forwards = {name: forward_on(module) for name, module in self.model.named_modules()}
         return [
             name
             for name, forward in forwards.items()
@@ -220,12 +246,14 @@ class Quantization:
         Raises:
             CompressionError: If it was written with other bits or for another architecture.
         """
-        for setting, ours in self.scheme.as_dict().items():
-            if state["scheme"].get(setting) != ours:
-                raise CompressionError(
-                    f"The checkpoint was written with {setting}={state['scheme'].get(setting)}, this run has "
-                    f"{setting}={ours}. Use the same setting to go on with it."
-                )
+        check_same_settings(state["scheme"], self.scheme.as_dict())
+        modules = dict(self.model.named_modules())
+        missing = [path for path, _ in state["calls"] if path not in modules]
+        if missing:
+            raise CompressionError(
+                f"The checkpoint was written for another architecture: this model has no module `{missing[0]}`. "
+                "Load it into the model that it was written with."
+            )
         self.shapeless = set(state.get("shapeless", ()))
         self._calls = [(path, tuple((name, value) for name, value in items)) for path, items in state["calls"]]
         self._rewrite()
@@ -239,10 +267,6 @@ class Quantization:
                 quantizer = name.removeprefix(ACTIVATION_PREFIX)
                 index = self.ranges.names.index(quantizer)
                 self.ranges.learn(index, step, state["ranges"]["zero_points"][quantizer])
-
-
-def _world_size() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def prepare(model: nn.Module, scheme: Scheme | None = None, **settings: Any) -> Quantization:
@@ -294,7 +318,7 @@ def quantization_of(model: nn.Module) -> Quantization | None:
         True
     """
     for module in model.modules():
-        forward = vars(module).get("forward")
+        forward = forward_on(module)
         if isinstance(forward, RewrittenForward | QuantizedLayerForward):
             return forward.state
     return None
@@ -316,8 +340,7 @@ def strip(model: nn.Module) -> nn.Module:
         False
     """
     for module in model.modules():
-        if isinstance(vars(module).get("forward"), OUR_FORWARDS):
-            del vars(module)["forward"]
+        take_off(module)
     return model
 
 
@@ -362,10 +385,10 @@ def calibrate(
 
 
 def check_finite_weights(model: nn.Module) -> None:
-    """Check that the weights of all layers that can be quantized are finite, and that no parameter is NaN.
+    """Check that the weights of layers that can be quantized and norms' statistics are finite, and no parameter NaN.
 
     Raises:
-        CompressionError: If one is not; the message names the layer or the parameter.
+        CompressionError: If one is not; the message names it.
     """
     for name, module in model.named_modules():
         if isinstance(module, QUANTIZABLE_LAYERS) and not torch.isfinite(module.weight).all():
@@ -378,5 +401,11 @@ def check_finite_weights(model: nn.Module) -> None:
         if parameter.is_floating_point() and parameter.isnan().any():
             raise CompressionError(
                 f"The parameter `{name}` is NaN and cannot be compressed. "
+                "Start from a checkpoint from before the training diverged."
+            )
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")) and not torch.isfinite(buffer).all():
+            raise CompressionError(
+                f"The statistics `{name}` are NaN or infinite and cannot be compressed. "
                 "Start from a checkpoint from before the training diverged."
             )

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from lightning_compress.processes import n_processes
+
 LEARNING_RATE = 0.003
 """Largest relative change of a step size in one update, about."""
 
@@ -164,15 +166,15 @@ class StepSizes:
         """
         leaves = list(self.leaves.values())
         has_gradients = any(leaf.grad is not None for leaf in leaves)
-        if not leaves or not (has_gradients or _is_distributed()):
+        if not leaves or not (has_gradients or n_processes() > 1):
             return
         steps = torch.cat([leaf.detach().flatten() for leaf in leaves])
         gradients = torch.cat(
             [(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)).flatten() for leaf in leaves]
         )
-        if _is_distributed():
+        if n_processes() > 1:
             distributed.all_reduce(gradients)
-            gradients /= distributed.get_world_size()
+            gradients /= n_processes()
         # An overflow under a loss scale must not reach the averages; the optimizer's step was skipped as well.
         slopes = torch.nan_to_num(gradients * steps, nan=0.0, posinf=0.0, neginf=0.0)
         first, second, age = self._moments
@@ -205,7 +207,3 @@ class StepSizes:
         for name, step in state["steps"].items():
             self.add(name, step)
         self._moments = state["moments"].clone()
-
-
-def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,13 +12,12 @@ from torch._dynamo.utils import counters
 from lightning_compress.quantization import Quantization, prepare, quantization_of
 from tests.small_networks import NETWORKS, images, quantized, warmed
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
+
 
 @pytest.fixture(autouse=True)
-def _nothing_compiled_before() -> Iterator[None]:
-    torch._dynamo.reset()
+def _nothing_counted() -> None:
     counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def state_of(model: nn.Module) -> Quantization:

@@ -95,6 +95,7 @@ def test_the_learned_scale_of_the_input_reaches_the_integer_bias() -> None:
     assert quantization.ranges.parameters(index)[0].item() == grid.scale
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_a_compiled_network_learns_the_same_in_one_graph() -> None:
     net, quantization = learning(nn.ReLU6())
     x = torch.randn(8, 4)

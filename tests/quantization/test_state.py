@@ -170,5 +170,5 @@ def test_a_state_at_other_bits_is_refused() -> None:
         prepare(plain()).load_state_dict(state)
     assert str(caught.value) == (
         "The checkpoint was written with weight_bits=4, this run has weight_bits=8. "
-        "Use the same setting to go on with it."
+        "Use the same settings to go on with it, or `load_from_checkpoint` to begin a new run with its weights."
     )
