@@ -1,6 +1,7 @@
 """Training-time compression for PyTorch Lightning: callbacks for quantization, pruning, distillation and export."""
 
 from lightning_compress.callbacks.distillation import KnowledgeDistillation
+from lightning_compress.callbacks.loading import load_compressed_state
 from lightning_compress.callbacks.onnx_export import OnnxExport
 from lightning_compress.callbacks.pruning import MagnitudePruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
@@ -17,6 +18,7 @@ __all__ = [
     "QuantizationAwareTraining",
     "RunReport",
     "export_onnx",
+    "load_compressed_state",
     "placement_report",
     "strip",
 ]

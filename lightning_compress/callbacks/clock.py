@@ -6,6 +6,8 @@ import math
 
 import lightning.pytorch as pl
 
+from lightning_compress.callbacks.averages import statistics_epochs
+
 
 def completed_steps(trainer: pl.Trainer) -> int:
     """Return the number of steps taken since the run began, counted on over a resume.
@@ -59,7 +61,7 @@ def total_steps(trainer: pl.Trainer) -> int | None:
         >>> total_steps(trainer)
         20
     """
-    estimated = trainer.estimated_stepping_batches
+    estimated = _estimated_steps(trainer)
     if estimated < 0 or math.isinf(estimated):
         return None
     if trainer.lightning_module.automatic_optimization or trainer.max_steps == -1:
@@ -68,3 +70,14 @@ def total_steps(trainer: pl.Trainer) -> int | None:
     if trainer.max_epochs is None or trainer.max_epochs == -1 or math.isinf(trainer.num_training_batches):
         return step_limit
     return min(int(trainer.num_training_batches) * max(trainer.max_epochs, 1), step_limit)
+
+
+def _estimated_steps(trainer: pl.Trainer) -> float:
+    extra, max_epochs = statistics_epochs(trainer), trainer.fit_loop.max_epochs
+    if not extra or max_epochs is None:
+        return trainer.estimated_stepping_batches
+    trainer.fit_loop.max_epochs = max_epochs - extra
+    try:
+        return trainer.estimated_stepping_batches
+    finally:
+        trainer.fit_loop.max_epochs = max_epochs

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_compress.callbacks.checkpoint import COMPRESSION_KEY
 from lightning_compress.callbacks.pruning import MagnitudePruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
+from lightning_compress.report.atomic import written_whole
 
 
 def is_complete(trainer: pl.Trainer) -> bool:
@@ -38,7 +39,7 @@ def best_complete_checkpoint(trainer: pl.Trainer) -> Path | None:
 
 
 def save_weights(pl_module: pl.LightningModule, trainer: pl.Trainer, path: Path) -> None:
-    """Write a checkpoint that `load_from_checkpoint` reads, on this rank alone."""
+    """Write a checkpoint that `load_from_checkpoint` reads, on this rank alone; whole or not at all."""
     checkpoint: dict[str, Any] = {
         "state_dict": pl_module.state_dict(),
         "epoch": trainer.current_epoch,
@@ -48,7 +49,8 @@ def save_weights(pl_module: pl.LightningModule, trainer: pl.Trainer, path: Path)
     if pl_module.hparams:
         checkpoint[pl_module.CHECKPOINT_HYPER_PARAMS_KEY] = dict(pl_module.hparams)
     pl_module.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, path)
+    with written_whole(path) as temporary:
+        torch.save(checkpoint, temporary)
 
 
 def forget_incomplete_checkpoints(trainer: pl.Trainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_compress.callbacks.forward_tap import ForwardCall, ForwardTap
+from lightning_compress.callbacks.trainers import check_trainer
 from lightning_compress.distillation import (
     FrozenTeacher,
     LogitDistillation,
     OutputSelector,
     check_selector,
+    load_weights,
     select_logits,
 )
 from lightning_compress.errors import CompressionError
@@ -45,8 +48,11 @@ class KnowledgeDistillation(Callback):
             is a tensor, else its ``logits``.
         module: Name of the submodule that is the student's network, where it cannot be found: by default the
             LightningModule itself if the step calls it, else the one child that holds all layers.
+        teacher_checkpoint: A file with the teacher's weights, of a Trainer or of `torch.save`, to be loaded into
+            ``teacher`` first; also where the teacher was a part of the module that was saved.
 
     Raises:
+        CompressionError: If ``teacher_checkpoint`` does not hold the teacher's weights.
         TypeError: If ``teacher`` is not an ``nn.Module`` or ``output`` cannot select.
         ValueError: If ``temperature`` or ``weight`` is out of range.
 
@@ -64,8 +70,11 @@ class KnowledgeDistillation(Callback):
         weight: float = 0.7,
         output: OutputSelector = None,
         module: str | None = None,
+        teacher_checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
         check_selector(output)
+        if teacher_checkpoint is not None:
+            load_weights(teacher, teacher_checkpoint)
         self._teacher = FrozenTeacher(teacher)
         self._loss = LogitDistillation(temperature, weight)
         self._output = output
@@ -81,6 +90,7 @@ class KnowledgeDistillation(Callback):
         """Freeze the teacher and put the term into the module's step."""
         if stage != "fit":
             return
+        check_trainer(trainer, self)
         self._release(pl_module)  # what a fit that was cut off may have left
         self._teacher.check_apart_from(pl_module)
         self._teacher.freeze()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from lightning_compress.callbacks.complete_weights import (
 from lightning_compress.callbacks.file_metric import FileForward, quiet_lightning
 from lightning_compress.callbacks.forward_tap import ForwardTap
 from lightning_compress.callbacks.progress import ProgressLine
+from lightning_compress.callbacks.trainers import check_trainer
 from lightning_compress.copying import copy_of
 from lightning_compress.errors import CompressionError, MissingExtraError
 from lightning_compress.export import ExportResult, export_onnx
@@ -110,6 +111,7 @@ class OnnxExport(pl.Callback):
         self._calls: list[CallArguments] = []
         self._called = ""
         self._are_calls_validated = False
+        self._has_stepped = False
         self._metric_before: float | None = None
         self._was_complete = False
         self._last_step = -1
@@ -119,6 +121,7 @@ class OnnxExport(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        check_trainer(trainer, self)
         import_onnxruntime()
         if trainer.is_global_zero and not _writes_nothing(trainer):
             check_writable(self.path)
@@ -128,12 +131,13 @@ class OnnxExport(pl.Callback):
         self._remove_tap()
         self._tap = ForwardTap(pl_module, self.module)
         self._calls = []
-        self._are_calls_validated = False
+        self._are_calls_validated = self._has_stepped = False
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._has_stepped = True
         if self._tap is not None and not self._calls:
             self._tap.start()
 
@@ -224,9 +228,7 @@ class OnnxExport(pl.Callback):
         try:
             self._export(trainer, pl_module)
         except BaseException:
-            kept = self.path.with_suffix(".ckpt")
-            save_weights(pl_module, trainer, kept)
-            rank_zero_warn(f"The export failed; the trained weights are kept in {kept}.")
+            _keep_weights(trainer, pl_module, self.path.with_suffix(".ckpt"))
             raise
 
     @override
@@ -263,6 +265,14 @@ class OnnxExport(pl.Callback):
             self._tap = None
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._calls and not self._has_stepped:
+            self._collect_by_validation(trainer, pl_module)
+        if not self._calls and not self._has_stepped:
+            raise CompressionError(
+                "The run had ended before it was resumed, so no step is left that `OnnxExport` could take inputs from. "
+                "Resume it with a validation dataloader, or write the file with `export_onnx(model, example_inputs, "
+                "path)`."
+            )
         if not self._calls:
             raise CompressionError(
                 f"Neither the training nor the validation steps of `{type(pl_module).__name__}` called a network that "
@@ -284,6 +294,17 @@ class OnnxExport(pl.Callback):
             self.report.write_json(folder / "report.json")
             self._plot(folder / "report.png")
         print(f"\n{self.report.to_text()}")
+
+    def _collect_by_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Run the user's validation for inputs: a run that had ended before it was resumed makes no step."""
+        source = trainer.fit_loop.epoch_loop.val_loop._data_source
+        if not source.is_defined() or trainer.world_size > 1 or not trainer.enable_validation:
+            return
+        module = copy_of(pl_module)
+        self._tap = ForwardTap(module, self.module)
+        with quiet_lightning():
+            _own_trainer(trainer, [_Listener(self)]).validate(module, dataloaders=source.dataloader(), verbose=False)
+        self._remove_tap()
 
     def _measured(
         self, trainer: pl.Trainer, chosen: pl.LightningModule, network: nn.Module, progress: ProgressLine
@@ -341,17 +362,7 @@ class OnnxExport(pl.Callback):
         module = copy_of(chosen)
         vars(module.get_submodule(self._called))["forward"] = FileForward(self.path, self.result)
         with quiet_lightning():
-            validator = pl.Trainer(
-                accelerator="cpu",
-                devices=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                limit_val_batches=trainer.limit_val_batches,
-                default_root_dir=trainer.default_root_dir,
-            )
-            found = validator.validate(module, dataloaders=trainer.val_dataloaders, verbose=False)
+            found = _own_trainer(trainer).validate(module, dataloaders=trainer.val_dataloaders, verbose=False)
         return next((float(row[self.metric]) for row in found if self.metric in row), None)
 
     def _chosen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
@@ -378,6 +389,50 @@ class OnnxExport(pl.Callback):
             plot_run(self.history, self.report.statistics.layers, path, self.report.model)
         except MissingExtraError as error:
             rank_zero_info(f"No picture of the run was made: {error}")
+
+
+def _keep_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> None:
+    """Write the trained weights after a failed export, and tell; the export's own error is the one to raise."""
+    try:
+        save_weights(pl_module, trainer, path)
+    except (OSError, RuntimeError) as error:  # torch turns some of the system's errors into its own
+        rank_zero_warn(
+            f"The export failed, and {path} could not be written either ({error}): the trained weights are in the "
+            "module alone. Save them with `trainer.save_checkpoint` where there is room."
+        )
+    else:
+        rank_zero_warn(f"The export failed; the trained weights are kept in {path}.")
+
+
+class _Listener(pl.Callback):
+    """Hands the batches of a validation to an export, as those of the fit's own."""
+
+    def __init__(self, export: OnnxExport) -> None:
+        self.export = export
+
+    @override
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self.export.on_validation_batch_start(*args, **kwargs)
+
+    @override
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self.export.on_validation_batch_end(trainer, *args, **kwargs)
+        trainer.should_stop = not self.export._wants_more()
+
+
+def _own_trainer(trainer: pl.Trainer, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
+    """Return a Trainer for a validation of our own, on as many batches as the user's."""
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=trainer.limit_val_batches,
+        default_root_dir=trainer.default_root_dir,
+    )
 
 
 def check_writable(path: Path) -> None:

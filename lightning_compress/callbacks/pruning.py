@@ -7,13 +7,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_compress.callbacks.averages import averaged_modules
 from lightning_compress.callbacks.checkpoint import attach_state, attached_state
 from lightning_compress.callbacks.clock import completed_steps, total_steps
+from lightning_compress.callbacks.random_state import RandomState, attach_random_state
+from lightning_compress.callbacks.trainers import check_trainer, has_late_layers
 from lightning_compress.errors import CompressionError
+from lightning_compress.processes import check_alike
 from lightning_compress.pruning.magnitude import Scope, magnitude_masks
 from lightning_compress.pruning.pattern import pattern_masks, pattern_sparsity
 from lightning_compress.pruning.state import PruningState
@@ -25,7 +29,6 @@ from lightning_compress.pruning.weights import (
     sparsity_by_layer,
 )
 from lightning_compress.schedules import CubicSchedule, check_moment, check_order, resolve_step
-from lightning_compress.selection import weight_layers
 
 STATE_KEY = "pruning"
 """Where the masks lie in a checkpoint: ``checkpoint["lightning_compress"]["pruning"]``."""
@@ -84,8 +87,8 @@ class MagnitudePruning(pl.Callback):
         self,
         sparsity: float | None = None,
         *,
-        start: float = 0.0,
-        end: float = 0.6,
+        start: int | float = 0.0,
+        end: int | float = 0.6,
         scope: Scope = "global",
         pattern: tuple[int, int] | None = None,
         exclude: Sequence[str] = (),
@@ -109,11 +112,13 @@ class MagnitudePruning(pl.Callback):
         self.exclude = exclude
         self.update_every = update_every
         self._state = PruningState()
+        self._random = RandomState()
         self._layers: tuple[str, ...] = ()
         self._schedule = CubicSchedule(self.sparsity, 0, 0)
         self._interval = 1
         self._last_step = 0
         self._counted = 0.0
+        self._logged: float | None = None
 
     @property
     def complete(self) -> bool:
@@ -135,28 +140,27 @@ class MagnitudePruning(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_trainer(trainer, self)
         if sum(isinstance(callback, MagnitudePruning) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise ValueError("The Trainer has more than one `MagnitudePruning` callback. Keep one of them.")
         # The masks belong to the module: a second fit finds them, a deep copy of the module has its own.
         self._state = attached_state(pl_module, STATE_KEY, PruningState) or PruningState()
+        self._state.settings = self._settings
         attach_state(pl_module, STATE_KEY, self._state.save, self._state.load)
         if stage != "fit":
             return
-        if is_overridden("configure_model", pl_module) and not weight_layers(pl_module):
-            raise CompressionError(
-                f"`{type(pl_module).__name__}` has no layer to prune yet: its layers are created in `configure_model`. "
-                "Create the layers in `__init__`."
-            )
-        # A module's own `setup` runs after this one and may create layers; then only `on_fit_start` can tell.
-        if not is_overridden("setup", pl_module):
+        self._random = attach_random_state(pl_module)
+        if not has_late_layers(pl_module):  # else only `on_fit_start` can tell
             self._select_layers(pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._select_layers(pl_module)
+        self._random.restore()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._random.begin(trainer)
         run_steps = total_steps(trainer)
         begin_step = resolve_step("start", self.start, run_steps)
         end_step = resolve_step("end", self.end, run_steps)
@@ -173,10 +177,14 @@ class MagnitudePruning(pl.Callback):
             self._state.clear()  # a new run follows its schedule from the beginning
         self._check_masks_fit(weights)
         self._state.masks = {name: mask.to(weights[name].device) for name, mask in self._state.masks.items()}
-        self._counted = sparsity(weights)
+        self._counted, self._logged = sparsity(weights), None
         overdue = not self._state.masks if step < end_step else not self._state.complete
         if step >= begin_step and overdue:
             self._update_masks(trainer, pl_module, step)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._logged = None
 
     @override
     def on_train_batch_end(
@@ -189,16 +197,20 @@ class MagnitudePruning(pl.Callback):
         if step < self._schedule.begin_step:
             return
         # Momentum can move a pruned weight off zero, so the masks are applied after every step.
-        self._state.apply_(self._weights(pl_module), *trainer.optimizers)
+        self._apply(trainer, pl_module)
         if self._is_update_step(step):
             self._update_masks(trainer, pl_module, step)
-        if not trainer.barebones:
+        # Lightning keeps a logged value for the rest of the epoch.
+        if not trainer.barebones and self._logged != self._counted:
             pl_module.log("compress/sparsity", self._counted)
+            self._logged = self._counted
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._random.is_training = False
         # `WeightAveraging` has just put the average in the weights' place, if it comes before this callback.
         self._state.apply_(self._weights(pl_module))
+        check_alike("pruning masks", self._state.masks)
         if not self.complete:
             rank_zero_warn(
                 f"The fit ended after {completed_steps(trainer)} optimizer steps at a sparsity of "
@@ -207,9 +219,19 @@ class MagnitudePruning(pl.Callback):
             )
 
     @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._random.is_training = False
+
+    @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # `WeightAveraging` may also come after this callback.
         self._state.apply_(self._weights(pl_module))
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a checkpoint must agree on; a schedule may change, as when a run is made longer."""
+        pattern = None if self.pattern is None else list(self.pattern)
+        return {"sparsity": self.sparsity, "scope": self.scope, "pattern": pattern, "exclude": list(self.exclude)}
 
     def _is_update_step(self, step: int) -> bool:
         begin, end = self._schedule.begin_step, self._schedule.end_step
@@ -224,8 +246,14 @@ class MagnitudePruning(pl.Callback):
             dims = input_dims(pl_module, self._layers)
             self._state.masks = pattern_masks(weights, self.pattern, target, self.scope, dims)
         self._state.complete = step >= self._schedule.end_step
-        self._state.apply_(weights, *trainer.optimizers)
+        self._apply(trainer, pl_module, *trainer.optimizers)
         self._counted = sparsity(weights)
+
+    def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *optimizers: Optimizer) -> None:
+        """Set what is pruned to zero, in what ``optimizers`` remember and in averages of the weights too."""
+        self._state.apply_(self._weights(pl_module), *optimizers)
+        for average in averaged_modules(trainer):
+            self._state.apply_(self._weights(average))
 
     def _select_layers(self, pl_module: pl.LightningModule) -> None:
         layers = tuple(prunable_weights(pl_module, self.exclude))
@@ -238,7 +266,7 @@ class MagnitudePruning(pl.Callback):
             check_pattern_fits(pl_module, layers, self.pattern)
         self._layers = layers
 
-    def _weights(self, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
+    def _weights(self, pl_module: nn.Module) -> dict[str, nn.Parameter]:
         return {name: pl_module.get_parameter(f"{name}.weight") for name in self._layers}
 
     def _check_masks_fit(self, weights: dict[str, nn.Parameter]) -> None:

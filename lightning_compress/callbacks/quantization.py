@@ -7,21 +7,25 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
+from lightning_compress.callbacks.averages import is_renewing_statistics
 from lightning_compress.callbacks.checkpoint import attach_state, attached_state
 from lightning_compress.callbacks.clock import completed_steps, total_steps
+from lightning_compress.callbacks.random_state import RandomState, attach_random_state
+from lightning_compress.callbacks.trainers import brings_back_weights_alone, check_trainer, has_late_layers
 from lightning_compress.errors import CompressionError
-from lightning_compress.quantization import Quantization, prepare, quantization_of
-from lightning_compress.quantization.batchnorm import freeze_batchnorm_
+from lightning_compress.processes import average_, check_alike
+from lightning_compress.quantization import Quantization, prepare, quantization_of, strip
+from lightning_compress.quantization.batchnorm import freeze_batchnorm_, running_statistics
 from lightning_compress.quantization.estimators import RangeMethod
 from lightning_compress.quantization.placement_report import PlacementReport, placement_report
 from lightning_compress.quantization.scheme import Scheme
 from lightning_compress.quantization.state import check_finite_weights
 from lightning_compress.schedules import check_moment, check_order, resolve_step
 from lightning_compress.selection import weight_layers
+from lightning_compress.settings import check_same_settings, differences
 
 STATE_KEY = "quantization"
 """Where the ranges lie in a checkpoint: ``checkpoint["lightning_compress"]["quantization"]``."""
@@ -94,8 +98,8 @@ class QuantizationAwareTraining(pl.Callback):
         *,
         weight_bits: int = 8,
         activation_bits: int = 8,
-        start: float = 0.0,
-        freeze: float = 0.95,
+        start: int | float = 0.0,
+        freeze: int | float = 0.95,
         exclude: Sequence[str] = (),
         overrides: Mapping[str, Mapping[str, int]] | None = None,
         edge_bits: int = 8,
@@ -119,6 +123,7 @@ class QuantizationAwareTraining(pl.Callback):
         self.module = module
         self.observe_every = observe_every
         self._slot = QuantizationSlot()
+        self._random = RandomState()
         self._start_step = 0
         self._freeze_step = 0
         self._last_step = -1
@@ -148,23 +153,22 @@ class QuantizationAwareTraining(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_trainer(trainer, self)
         if sum(isinstance(callback, QuantizationAwareTraining) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise ValueError("The Trainer has more than one `QuantizationAwareTraining` callback. Keep one of them.")
         # The ranges belong to the module: a second fit finds them, a deep copy of the module has its own.
         self._slot = attached_state(pl_module, STATE_KEY, QuantizationSlot) or QuantizationSlot()
         attach_state(pl_module, STATE_KEY, self._slot.save, self._slot.load)
-        if is_overridden("configure_model", pl_module) and not weight_layers(pl_module):
-            raise CompressionError(
-                f"`{type(pl_module).__name__}` has no layer to quantize yet: its layers are created in "
-                "`configure_model`. Create the layers in `__init__`."
-            )
-        # A module's own `setup` runs after this one and may create layers; then only `on_fit_start` can tell.
-        if not is_overridden("setup", pl_module):
+        if stage == "fit":
+            self._random = attach_random_state(pl_module)
+        self._take_up(pl_module, is_new_run=stage == "fit")
+        if not has_late_layers(pl_module):  # else only `on_fit_start` can tell
             self._prepare(pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._prepare(pl_module)
+        self._random.restore()
         self.quantization.refresh()  # the strategy may have converted batch norms since
         recurrent = self.quantization.recurrent_layers()
         if recurrent:
@@ -187,6 +191,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._random.begin(trainer)
         run_steps = total_steps(trainer)
         self._start_step = resolve_step("start", self.start, run_steps)
         self._freeze_step = resolve_step("freeze", self.freeze, run_steps)
@@ -207,6 +212,10 @@ class QuantizationAwareTraining(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         step, quantization = completed_steps(trainer), self.quantization
+        if is_renewing_statistics(trainer):
+            self._thaw()
+            quantization.is_observing = quantization.is_quantizing
+            return
         if step == self._warm_up_step and step != self._begun_step:
             quantization.ranges.reset()  # what the untrained network showed is no guide
         self._begun_step = step
@@ -219,7 +228,9 @@ class QuantizationAwareTraining(pl.Callback):
         if step >= self._freeze_step:
             if quantization.is_learning:
                 quantization.stop_learning()
-            self._frozen_norms += freeze_batchnorm_(quantization.model)
+            frozen = freeze_batchnorm_(quantization.model)
+            average_(running_statistics(frozen))
+            self._frozen_norms += frozen
 
     @override
     def on_train_batch_end(
@@ -227,6 +238,9 @@ class QuantizationAwareTraining(pl.Callback):
     ) -> None:
         quantization = self.quantization
         was_observing, quantization.is_observing = quantization.is_observing, False
+        if is_renewing_statistics(trainer) and was_observing:
+            quantization.ranges.update()  # averaged weights have ranges of their own
+            return
         step = completed_steps(trainer)
         if step == self._last_step:
             return  # gradient accumulation: the ranges of this step are not complete
@@ -243,11 +257,22 @@ class QuantizationAwareTraining(pl.Callback):
             pl_module.log("compress/quantization_phase", float(self._phase(step - 1)))
 
     @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if brings_back_weights_alone(trainer):
+            rank_zero_warn(
+                "Processes that are spawned end with the fit and bring back the weights alone, not the scales: the "
+                "module here computes in float. Load a checkpoint with `load_compressed_state(model, path)` to test "
+                'what ships, or use `strategy="ddp"`.'
+            )
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._random.is_training = False
         quantization = self.quantization
         quantization.is_observing = False
         quantization.stop_learning()
         self._thaw()
+        check_alike("scales and ranges", quantization.state_dict())
         if not quantization.is_quantizing:
             rank_zero_warn(
                 f"The fit ended after {completed_steps(trainer)} optimizer steps, before quantization started at "
@@ -270,6 +295,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._random.is_training = False
         if self._slot.quantization is not None:
             self._slot.quantization.is_observing = False
         self._thaw()
@@ -304,12 +330,25 @@ class QuantizationAwareTraining(pl.Callback):
 
     def _prepare(self, pl_module: pl.LightningModule) -> None:
         if self._slot.quantization is None:
-            network = self._network(pl_module)
-            existing = quantization_of(network)
-            self._slot.take(existing or self._prepared(network))
+            self._slot.take(prepare(self._network(pl_module), self.scheme))
 
-    def _prepared(self, network: nn.Module) -> Quantization:
-        return prepare(network, self.scheme)
+    def _take_up(self, pl_module: pl.LightningModule, is_new_run: bool) -> None:
+        """Go on with what was prepared before, or begin anew where that was done with other settings."""
+        found = self._slot.quantization or quantization_of(pl_module)
+        if found is not None:
+            module = next(name for name, child in pl_module.named_modules() if child is found.model) or None
+            different = differences(
+                {**found.scheme.as_dict(), "module": module}, {**self.scheme.as_dict(), "module": self.module}
+            )
+            if different and not is_new_run:
+                raise CompressionError(
+                    f"The module was quantized with {different[0]}, this callback has {different[1]}. Give it the same "
+                    "settings, or leave it out: the module stays quantized without it."
+                )
+            if different:
+                strip(found.model)
+            self._slot.quantization = None if different else found
+        self._slot.module = self.module
 
     def _network(self, pl_module: pl.LightningModule) -> nn.Module:
         if self.module is None:
@@ -334,9 +373,15 @@ class QuantizationAwareTraining(pl.Callback):
 
 
 class QuantizationSlot:
-    """Holds the quantization of a module for its checkpoints; what is loaded before it is prepared waits here."""
+    """Holds the quantization of a module for its checkpoints; what is loaded before it is prepared waits here.
+
+    Attributes:
+        quantization: The quantization, once the module is prepared.
+        module: Name of the submodule that is quantized, or None for all of it.
+    """
 
     def __init__(self) -> None:
+        self.module: str | None = None
         self.quantization: Quantization | None = None
         self._waiting: dict[str, Any] | None = None
 
@@ -349,12 +394,15 @@ class QuantizationSlot:
 
     def save(self) -> dict[str, Any]:
         """Return the state to write."""
-        return self._waiting or {} if self.quantization is None else self.quantization.state_dict()
+        if self.quantization is None:
+            return self._waiting or {}
+        return {"module": self.module, **self.quantization.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a state that was read."""
         if not state:
             return
+        check_same_settings({"module": state["module"]}, {"module": self.module})
         if self.quantization is None:
             self._waiting = state
         else:

@@ -2,7 +2,7 @@
 
 from lightning_compress.distillation.logits import LogitDistillation, hinton_loss
 from lightning_compress.distillation.selector import OutputSelector, check_selector, select_logits
-from lightning_compress.distillation.teacher import FrozenTeacher
+from lightning_compress.distillation.teacher import FrozenTeacher, load_weights
 
 __all__ = [
     "FrozenTeacher",
@@ -10,5 +10,6 @@ __all__ = [
     "OutputSelector",
     "check_selector",
     "hinton_loss",
+    "load_weights",
     "select_logits",
 ]

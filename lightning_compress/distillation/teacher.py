@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,41 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.copying import copy_of
+from lightning_compress.errors import CompressionError
+
+
+def load_weights(network: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
+    """Load trained weights into a teacher.
+
+    Args:
+        network: The teacher.
+        checkpoint: A checkpoint of a Trainer, or a state dict that `torch.save` wrote; nothing but tensors and plain
+            types is read. The network may be a part of what was saved, such as the ``network`` of a LightningModule.
+
+    Raises:
+        CompressionError: If the checkpoint does not hold all weights of ``network``.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> trained, network = nn.Sequential(nn.Linear(2, 3)), nn.Linear(2, 3)
+        >>> with TemporaryDirectory() as folder:
+        ...     torch.save(trained.state_dict(), f"{folder}/teacher.pt")
+        ...     load_weights(network, f"{folder}/teacher.pt")
+        >>> torch.equal(network.weight, trained[0].weight)
+        True
+    """
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    weights: Mapping[str, Any] = content.get("state_dict", content)
+    names = list(network.state_dict())
+    for prefix in ("", *(name.removesuffix(names[0]) for name in weights if name.endswith(f".{names[0]}"))):
+        if all(f"{prefix}{name}" in weights for name in names):
+            network.load_state_dict({name: weights[f"{prefix}{name}"] for name in names})
+            return
+    missing = next(name for name in names if name not in weights)
+    raise CompressionError(
+        f"{os.fspath(checkpoint)} does not hold the weights of the teacher, a `{type(network).__name__}`: it has no "
+        f"`{missing}`. It begins with {', '.join(f'`{name}`' for name in list(weights)[:3])}."
+    )
 
 
 class FrozenTeacher:

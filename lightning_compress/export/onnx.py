@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_compress.compiled import as_written
 from lightning_compress.errors import ExportError, ParityError
 from lightning_compress.export.arguments import (
     CallArguments,
@@ -34,6 +35,7 @@ from lightning_compress.export.program import output_names, to_onnx
 from lightning_compress.export.session import import_onnxruntime, open_session, run_session
 from lightning_compress.export.translation import keep_in_float_, rename_, turn_weights_
 from lightning_compress.quantization import quantization_of
+from lightning_compress.quantization.state import check_finite_weights
 
 MIN_SNR_DB_INTEGER = 20.0
 """Under this signal-to-noise ratio an integer file does not compute the model: integer kernels round ties otherwise
@@ -102,6 +104,7 @@ def export_onnx(
 
     Raises:
         ExportError: If the model cannot be exported or the file is not valid.
+        CompressionError: If a weight is NaN or infinite; what lies at ``path`` stays.
         ParityError: If the file, which is kept, does not compute what the model computes.
 
     Example:
@@ -114,11 +117,13 @@ def export_onnx(
     """
     tell = progress or (lambda message: None)
     import_onnxruntime()
-    tell("writing the ONNX file")
-    written = write_onnx(model, example_inputs, path)
-    tell("verifying it in ONNX Runtime")
+    check_finite_weights(model)
     batches = [as_arguments(inputs) for inputs in verify_inputs] or [as_arguments(example_inputs)]
-    report = _verify(model, written, batches)
+    with as_written():
+        tell("writing the ONNX file")
+        written = write_onnx(model, example_inputs, path)
+        tell("verifying it in ONNX Runtime")
+        report = _verify(model, written, batches)
     tell("reading what runs in integers")
     return ExportResult(
         written.path,

@@ -155,7 +155,7 @@ def _keep_largest(scores: Sequence[Tensor], n_dropped: int) -> list[Tensor]:
     threshold = _kth_smallest(flat, n_dropped)
     mask = flat > threshold
     # Of the entries equal to the threshold, the last ones stay, as many as are still missing.
-    n_missing = flat.numel() - n_dropped - int(mask.sum())
+    n_missing = flat.numel() - n_dropped - int(torch.count_nonzero(mask))
     if n_missing:
         mask[(flat == threshold).nonzero().flatten()[-n_missing:]] = True
     masks: list[Tensor] = []
@@ -167,9 +167,15 @@ def _keep_largest(scores: Sequence[Tensor], n_dropped: int) -> list[Tensor]:
 
 
 def _kth_smallest(values: Tensor, k: int) -> Tensor:
-    """Return the k-th smallest value, k from 1; quick selection on the CPU, a deterministic sort elsewhere."""
+    """Return the k-th smallest of values from 0 on, k from 1; quick selection on the CPU, a sort elsewhere."""
     if values.device.type != "cpu":
         return values.sort().values[k - 1]
+    # Most entries are zeros once a network is pruned, and many equal values make the selection slow.
+    n_zeros = values.numel() - int(torch.count_nonzero(values))
+    if k <= n_zeros:
+        return values.new_zeros(1)
+    if n_zeros:
+        values, k = values[values > 0], k - n_zeros
     # numpy has no bfloat16; float32 holds every smaller format exactly.
     comparable = values if values.dtype == torch.float64 else values.float()
     return torch.from_numpy(np.partition(comparable.numpy(), k - 1)[k - 1 : k]).to(values.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_compress.compiled import as_written
 from lightning_compress.selection import weight_layers
 
 
@@ -137,7 +138,7 @@ def _macs_per_sample(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str,
             "Pass the inputs of one `forward` call, such as `(images,)` with images of shape (batch, channels, ...)."
         )
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), _eval_mode(model), _countable_attention(), counter:
+    with torch.no_grad(), _eval_mode(model), _countable_attention(), as_written(), counter:
         model(*args, **kwargs)
     return round(counter.get_total_flops() / 2 / len(batched))
 

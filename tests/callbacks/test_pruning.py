@@ -141,7 +141,7 @@ class Weightless(Net):
 
 
 class Watch(pl.Callback):
-    """Writes down the clock, the counted zeros of each layer, and what the optimizers remember at pruned entries."""
+    """Writes down the clock, the counted zeros of each layer, and what optimizers remember where masks are new."""
 
     def __init__(self, pruning: MagnitudePruning) -> None:
         self.pruning = pruning
@@ -154,6 +154,8 @@ class Watch(pl.Callback):
         weights = [pl_module.get_parameter(f"{name}.weight") for name in self.pruning.sparsity_by_layer(pl_module)]
         self.zeros[step] = sum(int((weight == 0).sum()) for weight in weights)
         self.complete_at += [step] * self.pruning.complete
+        if not self.pruning._is_update_step(step):
+            return
         for optimizer in trainer.optimizers:
             for parameter, memory in optimizer.state.items():
                 pruned = (parameter == 0) & (parameter.dim() > 1)
@@ -405,14 +407,44 @@ def test_a_run_resumed_from_an_unpruned_checkpoint_catches_up(tmp_path: Path) ->
 def test_a_checkpoint_of_other_layers_is_refused(tmp_path: Path) -> None:
     pruning = MagnitudePruning(0.5, end=2, exclude=["last"])
     make_trainer(tmp_path, pruning, SaveEachStep(), max_epochs=4).fit(Net(), batches(1))
-    with pytest.raises(CompressionError, match="masks") as caught:
+    with pytest.raises(CompressionError, match="exclude") as caught:
         make_trainer(tmp_path, MagnitudePruning(0.5, end=2), max_epochs=4).fit(
             Net(), batches(1), ckpt_path=tmp_path / "3.ckpt"
         )
     assert str(caught.value) == (
-        "The checkpoint holds masks for the layers ['first'], but this run prunes ['first', 'last']. "
+        "The checkpoint was written with exclude=['last'], this run has exclude=[]. Use the same settings to go on "
+        "with it, or `load_from_checkpoint` to begin a new run with its weights."
+    )
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    make_trainer(tmp_path, MagnitudePruning(0.5, end=2), SaveEachStep(), max_epochs=4).fit(Net(), batches(1))
+    state = torch.load(tmp_path / "3.ckpt", weights_only=True)
+    saved = state["lightning_compress"]["pruning"]
+    for by_layer in (saved["masks"], saved["shapes"]):
+        by_layer["head"] = by_layer.pop("last")
+    torch.save(state, tmp_path / "other.ckpt")
+    with pytest.raises(CompressionError, match="masks") as caught:
+        make_trainer(tmp_path, MagnitudePruning(0.5, end=2), max_epochs=4).fit(
+            Net(), batches(1), ckpt_path=tmp_path / "other.ckpt"
+        )
+    assert str(caught.value) == (
+        "The checkpoint holds masks for the layers ['first', 'head'], but this run prunes ['first', 'last']. "
         "Resume with the model and the `exclude` of the run that wrote it."
     )
+
+
+@pytest.mark.parametrize("kind", [LateLayers, SetupLayers])
+def test_layers_that_are_made_late_are_pruned(kind: type[Net], tmp_path: Path) -> None:
+    model, pruning = kind(), MagnitudePruning(0.8, end=3)
+    make_trainer(tmp_path, pruning).fit(model, batches(5))
+    weights = [model.first.weight, model.last.weight]
+    assert sum(int((weight == 0).sum()) for weight in weights) == round(0.8 * sum(w.numel() for w in weights))
+
+
+def test_a_pattern_is_checked_on_layers_that_are_made_late(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Layer `last` has 13 inputs, which is not a multiple of 4"):
+        make_trainer(tmp_path, MagnitudePruning(pattern=(2, 4))).fit(LateLayers(), batches(5))
 
 
 def test_testing_after_the_fit_measures_the_pruned_weights(tmp_path: Path) -> None:
@@ -545,13 +577,6 @@ def test_a_patterns_own_sparsity_may_be_given() -> None:
             Net,
             CompressionError,
             "`Net` has no convolution or linear layer to prune. Give it one, or exclude fewer.",
-        ),
-        (
-            MagnitudePruning(0.8, exclude=["first"]),
-            LateLayers,
-            CompressionError,
-            "`LateLayers` has no layer to prune yet: its layers are created in `configure_model`. "
-            "Create the layers in `__init__`.",
         ),
         (
             MagnitudePruning(pattern=(2, 4)),

@@ -272,13 +272,27 @@ class ConfiguredLate(NoLayers):
     def configure_model(self) -> None:
         self.fc = nn.Linear(64, 4)
 
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.fc(image.flatten(1))
+        return logits
 
-def test_layers_that_only_configure_model_makes_are_refused(tmp_path: Path) -> None:
-    sentence = refused(tmp_path, [QuantizationAwareTraining()], ConfiguredLate())
-    assert sentence == (
-        "`ConfiguredLate` has no layer to quantize yet: its layers are created in `configure_model`. "
-        "Create the layers in `__init__`."
-    )
+
+def test_layers_that_only_configure_model_makes_are_rounded(tmp_path: Path) -> None:
+    model, callback = ConfiguredLate(), QuantizationAwareTraining(start=0.0)
+    quiet_trainer(tmp_path, [callback]).fit(model, loader())
+    assert callback.quantization.ranges.unseen() == []
+    assert callback.quantization.ranges.is_seen(0)
+
+
+class StillNothing(NoLayers):
+    """Makes no layer in `configure_model` either."""
+
+    def configure_model(self) -> None:
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+def test_a_module_that_never_gets_a_layer_is_refused(tmp_path: Path) -> None:
+    assert refused(tmp_path, [QuantizationAwareTraining()], StillNothing()).startswith("`StillNothing` has no ")
 
 
 class PastTheForward(TwoNetworks):
@@ -346,7 +360,7 @@ def test_a_checkpoint_of_other_bits_is_refused(tmp_path: Path) -> None:
         again.test(LayersOnSelf(), loader(), ckpt_path=tmp_path / "end.ckpt", verbose=False)
     assert str(caught.value) == (
         "The checkpoint was written with weight_bits=4, this run has weight_bits=8. "
-        "Use the same setting to go on with it."
+        "Use the same settings to go on with it, or `load_from_checkpoint` to begin a new run with its weights."
     )
 
 

@@ -1,12 +1,14 @@
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.distillation import FrozenTeacher
+from lightning_compress.distillation import FrozenTeacher, load_weights
+from lightning_compress.errors import CompressionError
 
 
 def identity(output: Tensor) -> Tensor:
@@ -106,3 +108,28 @@ def test_an_answer_that_is_not_finite_is_refused(value: float) -> None:
     nn.init.constant_(network.bias, value)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         FrozenTeacher(network).answer((torch.ones(1, 2),), {}, identity)
+
+
+@pytest.mark.parametrize("wrap", ["none", "module", "checkpoint"])
+def test_a_teacher_is_loaded_from_its_own_file_or_from_what_held_it(wrap: str, tmp_path: Path) -> None:
+    trained = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    holder = nn.ModuleDict({"other": nn.Linear(2, 3), "network": trained})
+    saved = {
+        "none": trained.state_dict(),
+        "module": holder.state_dict(),
+        "checkpoint": {"state_dict": holder.state_dict(), "epoch": 3},
+    }
+    torch.save(saved[wrap], tmp_path / "teacher.ckpt")
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    load_weights(network, tmp_path / "teacher.ckpt")
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in network.state_dict().items())
+
+
+def test_a_file_without_the_teachers_weights_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": nn.Linear(2, 3).state_dict()}, tmp_path / "other.ckpt")
+    with pytest.raises(CompressionError) as caught:
+        load_weights(nn.Sequential(nn.Linear(2, 3)), tmp_path / "other.ckpt")
+    assert str(caught.value) == (
+        f"{tmp_path / 'other.ckpt'} does not hold the weights of the teacher, a `Sequential`: it has no `0.weight`. "
+        "It begins with `weight`, `bias`."
+    )

@@ -46,6 +46,18 @@ def test_a_global_mask_equals_dropping_one_by_one(sparsity: float) -> None:
     assert [masks["a"].shape, masks["b"].shape] == [(5, 7), (2, 3, 7)]
 
 
+@pytest.mark.parametrize("zeros", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.8, 0.9, 1.0])
+def test_weights_that_are_mostly_zeros_are_dropped_one_by_one_too(sparsity: float, zeros: float) -> None:
+    torch.manual_seed(0)
+    weights = {"a": torch.randn(30), "b": torch.randn(50)}
+    for weight in weights.values():
+        weight[torch.rand_like(weight) < zeros] = 0.0
+    masks = magnitude_masks(weights, sparsity)
+    expected = dropped_one_by_one(weights, round(sparsity * 80))
+    assert {name: mask.float().tolist() for name, mask in masks.items()} == expected
+
+
 def test_one_threshold_for_all_layers_may_empty_a_small_one() -> None:
     masks = magnitude_masks({"small": torch.full((4,), 0.1), "large": torch.full((4,), 9.0)}, 0.5)
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {"small": 0, "large": 4}

@@ -23,6 +23,38 @@ def test_dropped_weights_become_plain_positive_zeros_in_a_plain_leaf() -> None:
     assert weight.grad_fn is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_whatever_is_dropped_becomes_zero_in_any_format_and_layout(dtype: torch.dtype) -> None:
+    values = [-0.0, -2.0, math.inf, -math.inf, math.nan, 3.0, -4.0, 5.0]
+    weight = nn.Parameter(torch.tensor(values, dtype=dtype).view(2, 2, 2, 1).to(memory_format=torch.channels_last))
+    mask = torch.tensor([False] * 5 + [True, False, True]).view(2, 2, 2, 1)
+    expected = torch.tensor([0.0] * 5 + [3.0, 0.0, 5.0], dtype=dtype)
+    state = PruningState()
+    state.masks = {"a": mask}
+    for _ in range(2):
+        apply_masks_({"a": weight}, {"a": mask})
+        assert torch.equal(weight.detach().flatten(), expected)
+        assert not weight.signbit().any()
+        with torch.no_grad():
+            weight.sub_((~mask).to(dtype))  # as an optimizer does
+        state.apply_({"a": weight})
+        assert torch.equal(weight.detach().flatten(), expected)
+        assert not weight.signbit().any()
+
+
+def test_a_new_mask_and_another_format_are_followed() -> None:
+    state, weight = PruningState(), nn.Parameter(torch.ones(2))
+    state.masks = {"a": torch.tensor([True, False])}
+    state.apply_({"a": weight})
+    assert weight.tolist() == [1.0, 0.0]
+    state.masks["a"] = torch.tensor([False, False])
+    half = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    state.apply_({"a": half})
+    state.apply_({"a": weight})
+    assert [half.tolist(), weight.tolist()] == [[0.0, 0.0], [0.0, 0.0]]
+    assert copy.deepcopy(state).masks["a"].tolist() == [False, False]
+
+
 @pytest.mark.parametrize(
     ("make_optimizer", "names"),
     [
