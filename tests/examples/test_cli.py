@@ -1,0 +1,123 @@
+"""LightningCLI: every callback from YAML with plain types, as the recipes have them."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import yaml
+
+from examples import cli
+from lightning_compress import KnowledgeDistillation, MagnitudePruning, OnnxExport, QuantizationAwareTraining
+from tests.compatibility.runs import LIGHTNING_NOISE
+from tests.compatibility.table import works
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path.stem for path in (ROOT / "examples" / "recipes").glob("*.yaml"))
+
+pytestmark = [pytest.mark.filterwarnings(*LIGHTNING_NOISE), pytest.mark.filterwarnings("ignore:.*LeafSpec")]
+
+
+def small(recipe: str, folder: Path) -> Path:
+    """Write the recipe with few images of scikit-learn's digits and fewer epochs; return the file."""
+
+    def shrink(node: Any) -> Any:
+        if isinstance(node, list):
+            return [shrink(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        node = {key: shrink(value) for key, value in node.items()}
+        if "n_train" in node:
+            node.update(n_train=300, batch_size=30, source="digits")
+        if "checkpoint" in node:
+            node.update(max_epochs=1, width=8)
+        if "max_epochs" in node:
+            node["max_epochs"] = min(node["max_epochs"], 3)
+        return node
+
+    config = shrink(yaml.safe_load((ROOT / "examples" / "recipes" / f"{recipe}.yaml").read_text()))
+    path = folder / f"{recipe}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own
+    monkeypatch.setattr(sys, "argv", ["cli.py", *arguments])
+    cli.main()
+
+
+def int8_kernels(path: Path) -> int:
+    weights = onnx.load(path).graph.initializer
+    return sum(weight.data_type == onnx.TensorProto.INT8 and len(weight.dims) == 4 for weight in weights)
+
+
+@works("LightningCLI", "every callback from YAML, with plain types", "`examples/recipes`")
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "all"])
+def test_a_recipe_leaves_a_file(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "fit", "-c", str(small(recipe, tmp_path)))
+    file = tmp_path / "demo_output" / recipe / "model.onnx"
+    assert int8_kernels(file) == (9 if recipe == "quantize" else 0)
+    assert (tmp_path / "demo_output" / "teacher.pt").exists() == (recipe == "distill")
+
+
+def test_the_recipe_with_everything_runs_as_a_program(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "cli.py"), "fit", "-c", str(small("all", tmp_path))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "teacher: epoch 1/1" in done.stdout
+    assert "sparsity                  80.0 %" in done.stdout
+    assert int8_kernels(tmp_path / "demo_output" / "all" / "model.onnx") == 9
+
+
+def test_the_recipes_are_those_of_the_readme() -> None:
+    assert RECIPES == ["all", "distill", "prune", "quantize"]
+
+
+@works("LightningCLI", "`--print_config=comments`", "tells what every argument means")
+@pytest.mark.parametrize("kind", [KnowledgeDistillation, MagnitudePruning, QuantizationAwareTraining, OnnxExport])
+def test_the_printed_configuration_explains_every_argument(
+    kind: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, "fit", "-c", str(ROOT / "examples" / "recipes" / "all.yaml"), "--print_config=comments")
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out.splitlines()
+    titles = [number for number, line in enumerate(printed) if "class_path: lightning_compress." in line]
+    begin = next(number for number in titles if printed[number].endswith(f".{kind.__name__}"))
+    own = printed[begin : min((number for number in titles if number > begin), default=len(printed))]
+    for name in list(inspect.signature(kind).parameters):
+        line = next(number for number, text in enumerate(own) if text.strip().startswith(f"{name}:"))
+        assert own[line - 1].strip().startswith("#"), name
+
+
+def test_whole_numbers_in_yaml_stay_optimizer_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = small("prune", tmp_path)
+    config = yaml.safe_load(path.read_text())
+    pruning = next(item for item in config["trainer"]["callbacks"] if item["class_path"].endswith("MagnitudePruning"))
+    pruning["init_args"].update(start=2, end=20)
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "fit", "-c", str(path), "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)
+    found = next(item for item in printed["trainer"]["callbacks"] if item["class_path"].endswith("MagnitudePruning"))
+    assert (found["init_args"]["start"], found["init_args"]["end"]) == (2, 20)
+    assert isinstance(found["init_args"]["start"], int)
+
+
+def test_a_trained_teacher_is_read_again(tmp_path: Path) -> None:
+    data = cli.SmallImages("digits", n_train=100, batch_size=20)
+    first = cli.trained_teacher(str(tmp_path / "teacher.pt"), data, width=8, max_epochs=1)
+    again = cli.trained_teacher(str(tmp_path / "teacher.pt"), data, width=8, max_epochs=1)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
