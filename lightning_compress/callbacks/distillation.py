@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_compress.callbacks.forward_tap import ForwardCall, ForwardTap
+from lightning_compress.callbacks.random_state import RandomState, attach_random_state
 from lightning_compress.callbacks.trainers import check_trainer
 from lightning_compress.distillation import (
     FrozenTeacher,
@@ -84,6 +85,7 @@ class KnowledgeDistillation(Callback):
         self._saw_manual_backward = False
         self._was_added = False
         self._wrappers: list[_Wrapper] = []
+        self._random = RandomState()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -92,6 +94,7 @@ class KnowledgeDistillation(Callback):
             return
         check_trainer(trainer, self)
         self._release(pl_module)  # what a fit that was cut off may have left
+        self._random = attach_random_state(pl_module)
         self._teacher.check_apart_from(pl_module)
         self._teacher.freeze()
         self._saw_manual_backward = self._was_added = False
@@ -103,15 +106,23 @@ class KnowledgeDistillation(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to the network, whose layers all exist only now."""
         self._listen_to(pl_module)
+        self._random.restore()
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let random numbers go on where a checkpoint left them."""
+        self._random.begin(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the hooks away, so that an export at the end of the fit sees the user's module."""
+        self._random.is_training = False
         self._stop_listening()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give back module and teacher: after an exception Lightning calls no ``teardown``."""
+        self._random.is_training = False
         self._release(pl_module)
 
     @override

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from lightning_compress.callbacks.checkpoint import COMPRESSION_KEY, attach_state
+from lightning_compress.callbacks.checkpoint import COMPRESSION_KEY, attach_state, detach_states
 from lightning_compress.callbacks.pruning import STATE_KEY as PRUNING_KEY
 from lightning_compress.callbacks.quantization import STATE_KEY as QUANTIZATION_KEY
 from lightning_compress.callbacks.quantization import QuantizationSlot
@@ -57,10 +57,16 @@ def load_compressed_state(model: ModelT, checkpoint: str | os.PathLike[str] | Ma
             "`QuantizationAwareTraining`. Load it as ever, with `load_from_checkpoint`."
         )
     strip(model)
+    if isinstance(model, pl.LightningModule):
+        detach_states(model)
+        model.configure_model()
+        model.on_load_checkpoint(dict(content))
     _load_weights(model, content["state_dict"])
     if PRUNING_KEY in states:
         pruning.load(states[PRUNING_KEY])
-        pruning.apply_({name: model.get_parameter(f"{name}.weight") for name in pruning.masks})
+        weights = {name: model.get_parameter(f"{name}.weight") for name in pruning.masks}
+        if not pruning.is_obeyed(weights):
+            pruning.clear()  # trained on without the callback
     if states.get(QUANTIZATION_KEY):
         saved = states[QUANTIZATION_KEY]
         quantization.module = saved["module"]
@@ -73,8 +79,9 @@ def load_compressed_state(model: ModelT, checkpoint: str | os.PathLike[str] | Ma
 
 
 def _load_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    strict = model.strict_loading if isinstance(model, pl.LightningModule) else True
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, strict=strict)
     except RuntimeError as error:
         raise CompressionError(
             f"The checkpoint was written for another architecture than this `{type(model).__name__}`: {error}"

@@ -27,6 +27,7 @@ from lightning_compress.callbacks.complete_weights import (
 from lightning_compress.callbacks.file_metric import FileForward, quiet_lightning
 from lightning_compress.callbacks.forward_tap import ForwardTap
 from lightning_compress.callbacks.progress import ProgressLine
+from lightning_compress.callbacks.random_state import RandomState, attach_random_state
 from lightning_compress.callbacks.trainers import check_trainer
 from lightning_compress.copying import copy_of
 from lightning_compress.errors import CompressionError, MissingExtraError
@@ -61,7 +62,7 @@ class OnnxExport(pl.Callback):
     network becomes standard QuantizeLinear/DequantizeLinear with int8 weights, any other a float file. It is then
     compared with the network on real validation batches, and read back from ONNX Runtime's own optimized graph to
     tell what runs in integers. A failure of any of this is an error at the end of the fit; the file stays, and the
-    trained weights are saved next to it as ``<name>.ckpt`` first.
+    trained weights are saved next to it as ``<name>.onnx.ckpt`` first.
 
     A table is printed; ``report.json`` and, with the `plots` extra, ``report.png`` lie next to the file.
 
@@ -116,12 +117,14 @@ class OnnxExport(pl.Callback):
         self._was_complete = False
         self._last_step = -1
         self._unread: list[tuple[int, dict[str, Any]]] = []
+        self._random = RandomState()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         check_trainer(trainer, self)
+        self._random = attach_random_state(pl_module)
         import_onnxruntime()
         if trainer.is_global_zero and not _writes_nothing(trainer):
             check_writable(self.path)
@@ -132,6 +135,14 @@ class OnnxExport(pl.Callback):
         self._tap = ForwardTap(pl_module, self.module)
         self._calls = []
         self._are_calls_validated = self._has_stepped = False
+        self._random.restore()
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._random.begin(trainer)
+        if completed_steps(trainer) == 0:  # a new run
+            self.history = History()
+            self._metric_before, self._was_complete, self._last_step, self._unread = None, False, -1, []
 
     @override
     def on_train_batch_start(
@@ -195,9 +206,10 @@ class OnnxExport(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._tap is not None and not trainer.sanity_checking and self._wants_more():
-            if not self._are_calls_validated:
-                self._calls = []
-            self._are_calls_validated = True
+            heard = self._tap.calls_so_far()
+            if heard and not self._are_calls_validated:
+                self._calls = []  # of training batches
+                self._are_calls_validated = True
             self._collect()
 
     @override
@@ -211,11 +223,13 @@ class OnnxExport(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._random.is_training = False
         self._read()
         self._remove_tap()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._random.is_training = False
         self._remove_tap()
 
     @override
@@ -228,18 +242,23 @@ class OnnxExport(pl.Callback):
         try:
             self._export(trainer, pl_module)
         except BaseException:
-            _keep_weights(trainer, pl_module, self.path.with_suffix(".ckpt"))
+            _keep_weights(trainer, pl_module, self.path.with_name(f"{self.path.name}.ckpt"))
             raise
 
     @override
     def state_dict(self) -> dict[str, Any]:
         self._read()
-        return {"history": self.history.state_dict(), "metric_before": self._metric_before}
+        return {
+            "history": self.history.state_dict(),
+            "metric_before": self._metric_before,
+            "was_complete": self._was_complete,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history.load_state_dict(state_dict["history"])
         self._metric_before = state_dict["metric_before"]
+        self._was_complete = state_dict["was_complete"]
 
     def _read(self) -> None:
         for step, values in self._unread:

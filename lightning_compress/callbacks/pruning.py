@@ -198,7 +198,7 @@ class MagnitudePruning(pl.Callback):
             return
         # Momentum can move a pruned weight off zero, so the masks are applied after every step.
         self._apply(trainer, pl_module)
-        if self._is_update_step(step):
+        if not self.complete and self._is_update_step(step):
             self._update_masks(trainer, pl_module, step)
         # Lightning keeps a logged value for the rest of the epoch.
         if not trainer.barebones and self._logged != self._counted:
@@ -226,6 +226,7 @@ class MagnitudePruning(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # `WeightAveraging` may also come after this callback.
         self._state.apply_(self._weights(pl_module))
+        self._state.rest()
 
     @property
     def _settings(self) -> dict[str, Any]:

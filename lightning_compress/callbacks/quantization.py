@@ -206,6 +206,13 @@ class QuantizationAwareTraining(pl.Callback):
             self.quantization.reset()  # a new run follows its schedule from the beginning
         self.quantization.steps.to_(pl_module.device)
         self.quantization.is_quantizing = step >= self._start_step and step > 0
+        ranges = self.quantization.ranges
+        if step >= self._freeze_step and step > 0 and len(ranges.unseen()) == len(ranges.names):
+            raise CompressionError(
+                f"The run goes on at optimizer step {step}, after `freeze={self.freeze}` (step {self._freeze_step}), "
+                "and the checkpoint holds no ranges: nothing could be quantized. Choose a later `freeze`, or resume "
+                "from a checkpoint that was written with `QuantizationAwareTraining`."
+            )
 
     @override
     def on_train_batch_start(
@@ -334,7 +341,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     def _take_up(self, pl_module: pl.LightningModule, is_new_run: bool) -> None:
         """Go on with what was prepared before, or begin anew where that was done with other settings."""
-        found = self._slot.quantization or quantization_of(pl_module)
+        found = quantization_of(pl_module)  # not the slot's: a part of the module may have been stripped
         if found is not None:
             module = next(name for name, child in pl_module.named_modules() if child is found.model) or None
             different = differences(
@@ -347,7 +354,8 @@ class QuantizationAwareTraining(pl.Callback):
                 )
             if different:
                 strip(found.model)
-            self._slot.quantization = None if different else found
+            found = None if different else found
+        self._slot.quantization = found
         self._slot.module = self.module
 
     def _network(self, pl_module: pl.LightningModule) -> nn.Module:

@@ -69,6 +69,7 @@ def attach_random_state(pl_module: pl.LightningModule) -> RandomState:
         True
     """
     state = attached_state(pl_module, STATE_KEY, RandomState) or RandomState()
+    state.load({})  # what a test loaded before this fit is not for it
     attach_state(pl_module, STATE_KEY, state.save, state.load)
     return state
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,13 +34,43 @@ def load_weights(network: nn.Module, checkpoint: str | os.PathLike[str]) -> None
         >>> torch.equal(network.weight, trained[0].weight)
         True
     """
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CompressionError(
+            f"{os.fspath(checkpoint)} holds more than tensors and plain types, which are all that is read: {error} "
+            "Load it yourself where you trust it, and give the network alone."
+        ) from error
     weights: Mapping[str, Any] = content.get("state_dict", content)
-    names = list(network.state_dict())
-    for prefix in ("", *(name.removesuffix(names[0]) for name in weights if name.endswith(f".{names[0]}"))):
-        if all(f"{prefix}{name}" in weights for name in names):
-            network.load_state_dict({name: weights[f"{prefix}{name}"] for name in names})
-            return
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    names = list(shapes)
+    prefixes = ["", *(name.removesuffix(names[0]) for name in weights if name.endswith(f".{names[0]}"))]
+    fitting = [
+        prefix
+        for prefix in prefixes
+        if all(
+            isinstance(found := weights.get(f"{prefix}{name}"), Tensor) and found.shape == shape
+            for name, shape in shapes.items()
+        )
+    ]
+    if len(fitting) > 1 and fitting[0] != "":
+        raise CompressionError(
+            f"{os.fspath(checkpoint)} holds {len(fitting)} networks that fit the teacher, a "
+            f"`{type(network).__name__}`: {', '.join(f'`{prefix[:-1]}`' for prefix in fitting)}. Load the one you "
+            "mean yourself, and give the network alone."
+        )
+    if fitting:
+        network.load_state_dict({name: weights[f"{fitting[0]}{name}"] for name in names})
+        return
+    for prefix in prefixes:
+        unlike = [name for name in names if f"{prefix}{name}" in weights]
+        if len(unlike) == len(names):
+            name = next(name for name in names if weights[f"{prefix}{name}"].shape != shapes[name])
+            raise CompressionError(
+                f"{os.fspath(checkpoint)} does not hold the weights of the teacher, a `{type(network).__name__}`: its "
+                f"`{prefix}{name}` has the shape {tuple(weights[f'{prefix}{name}'].shape)} instead of "
+                f"{tuple(shapes[name])}."
+            )
     missing = next(name for name in names if name not in weights)
     raise CompressionError(
         f"{os.fspath(checkpoint)} does not hold the weights of the teacher, a `{type(network).__name__}`: it has no "

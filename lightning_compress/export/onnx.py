@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,8 +89,9 @@ def export_onnx(
 
     A model that is quantizing (see `prepare`) becomes standard QuantizeLinear/DequantizeLinear with int8 weights,
     int32 biases and batch norms folded; any other becomes a float file. The model itself is not changed: a deep copy
-    is exported, in eval mode and float32, on the CPU. The file is written under a temporary name, checked, and then
-    renamed.
+    is exported, in eval mode and float32, on the CPU. The file is written in a temporary folder, checked and proved
+    there, and only then moved to ``path``; one that fails is kept for inspection in the folder ``<name>.failed``, and
+    what lay at ``path`` before stays.
 
     Args:
         model: Any module; a LightningModule is exported through its ``forward``.
@@ -105,7 +107,7 @@ def export_onnx(
     Raises:
         ExportError: If the model cannot be exported or the file is not valid.
         CompressionError: If a weight is NaN or infinite; what lies at ``path`` stays.
-        ParityError: If the file, which is kept, does not compute what the model computes.
+        ParityError: If the file does not compute what the model computes.
 
     Example:
         >>> import tempfile
@@ -119,19 +121,27 @@ def export_onnx(
     import_onnxruntime()
     check_finite_weights(model)
     batches = [as_arguments(inputs) for inputs in verify_inputs] or [as_arguments(example_inputs)]
-    with as_written():
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with as_written(), tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
         tell("writing the ONNX file")
-        written = write_onnx(model, example_inputs, path)
+        written = write_onnx(model, example_inputs, Path(folder) / path.name)
         tell("verifying it in ONNX Runtime")
-        report = _verify(model, written, batches)
+        failed = path.with_name(f"{path.stem}.failed")
+        try:
+            report = _verify(model, written, batches, failed / path.name)
+        except ExportError:
+            _move_files(Path(folder), failed)
+            raise
+        _move_files(Path(folder), path.parent)
     tell("reading what runs in integers")
     return ExportResult(
-        written.path,
+        path,
         tuple(written.input_names),
         tuple(written.output_names),
         written.has_dynamic_batch,
         report,
-        audit(written.path, _feeds(model, *batches[0])),
+        audit(path, _feeds(model, *batches[0])),
         written.output_spec,
         written.packed,
     )
@@ -224,14 +234,15 @@ def _check_outputs(outputs: Any, owner: str) -> None:
 
 
 def _verify(
-    model: nn.Module, written: WrittenFile, batches: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+    model: nn.Module, written: WrittenFile, batches: Sequence[tuple[tuple[Any, ...], dict[str, Any]]], kept: Path
 ) -> ParityReport:
+    """Compare the file with the model; one that fails will be found at ``kept``."""
     path = written.path
     try:
         session = open_session(path)
     except Exception as error:  # ONNX Runtime's errors have no base of their own
         raise ExportError(
-            f"ONNX Runtime cannot open `{path}`: {_first_line(error)} The file is kept for inspection."
+            f"ONNX Runtime cannot open the file: {_first_line(error)} It is kept for inspection as `{kept}`."
         ) from error
     quantization = quantization_of(model)
     is_integer = quantization is not None and quantization.is_quantizing
@@ -245,6 +256,11 @@ def _verify(
             if quantization is not None:
                 quantization.recorded = None
             found.append(run_session(session, _tensors_for(session, model, args, kwargs)))
+    if any(bool(tensor.isnan().any()) for tensors in expected for tensor in tensors):
+        raise ExportError(
+            f"`{type(model).__name__}` returns NaN for the inputs that the file is proved on, so nothing can be "
+            f"compared. Look for what makes it. The file is kept for inspection as `{kept}`."
+        )
     report = compare_outputs(expected, found, written.output_step)
     least = MIN_SNR_DB_INTEGER if is_integer else MIN_SNR_DB_FLOAT
     if report.snr_db < least and is_integer:
@@ -252,12 +268,19 @@ def _verify(
     if report.snr_db < least:
         first = first_difference(path, _tensors_for(session, model, *batches[0]), recorded, least)
         raise ParityError(
-            f"`{path}` does not compute what the trained model computes: {report.to_text()}; at least {least:.0f} dB "
+            f"The file does not compute what the trained model computes: {report.to_text()}; at least {least:.0f} dB "
             f"were expected. "
             + (f"The first layer that differs is `{first}`. " if first else "No single layer stands out. ")
-            + "The file is kept for inspection."
+            + f"It is kept for inspection as `{kept}`."
         )
     return report
+
+
+def _move_files(folder: Path, target: Path) -> None:
+    """Move what lies in ``folder``, weights first, over files of the same names in ``target``."""
+    target.mkdir(exist_ok=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.suffix != ".data"):
+        os.replace(path, target / path.name)
 
 
 def _tensors_for(session: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

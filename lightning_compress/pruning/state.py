@@ -140,6 +140,21 @@ class PruningState:
         for optimizer in optimizers:
             clear_optimizer_state_(optimizer, weights, self.masks)
 
+    def is_obeyed(self, weights: Mapping[str, Tensor]) -> bool:
+        """Tell whether ``weights`` are zero wherever the masks say so.
+
+        Example:
+            >>> state = PruningState()
+            >>> state.masks = {"a": torch.tensor([True, False])}
+            >>> state.is_obeyed({"a": torch.tensor([1.0, 0.0])}), state.is_obeyed({"a": torch.tensor([1.0, 2.0])})
+            (True, False)
+        """
+        return not any(bool(weights[name][~mask.to(weights[name].device)].any()) for name, mask in self.masks.items())
+
+    def rest(self) -> None:
+        """Free the memory that applying the masks in every step takes."""
+        self._bits = {}
+
     def _bits_for(self, name: str, mask: Tensor, weight: Tensor) -> Tensor:
         """Return `keep_bits` of a mask, made once as long as the mask and the weight's place stay."""
         known, bits = self._bits.get(name, (None, mask))

@@ -162,6 +162,7 @@ class Quantization:
         ones.
         """
         self.is_learning = True
+        self.steps.requires_grad_(True)  # a fit that ended before has stopped them
         for module in self.model.modules():
             forward = forward_on(module)
             if isinstance(forward, QuantizedLayerForward):
@@ -260,13 +261,15 @@ class Quantization:
         self.is_quantizing = state["is_quantizing"]
         self.ranges.load_state_dict(state["ranges"])
         self.steps.load_state_dict(state["steps"])
+        for quantizer in self.weights.values():
+            quantizer.step = None  # that of another fit
         for name, step in self.steps.leaves.items():
             if name.startswith(WEIGHT_PREFIX):
                 self.weights[name.removeprefix(WEIGHT_PREFIX)].step = step
             else:
-                quantizer = name.removeprefix(ACTIVATION_PREFIX)
-                index = self.ranges.names.index(quantizer)
-                self.ranges.learn(index, step, state["ranges"]["zero_points"][quantizer])
+                place = name.removeprefix(ACTIVATION_PREFIX)
+                index = self.ranges.names.index(place)
+                self.ranges.learn(index, step, state["ranges"]["zero_points"][place])
 
 
 def prepare(model: nn.Module, scheme: Scheme | None = None, **settings: Any) -> Quantization:

@@ -193,14 +193,14 @@ def test_a_failed_export_keeps_the_trained_weights(
     model = LayersOnSelf()
     trainer = quiet_trainer(tmp_path, [QuantizationAwareTraining(), OnnxExport(tmp_path / "model.onnx")])
     with (
-        pytest.warns(UserWarning, match=re.escape(f"the trained weights are kept in {tmp_path / 'model.ckpt'}.")),
+        pytest.warns(UserWarning, match=re.escape(f"the trained weights are kept in {tmp_path / 'model.onnx.ckpt'}.")),
         pytest.raises((ParityError, SystemExit, KeyboardInterrupt)),
     ):
         trainer.fit(model, loader(), loader(16, seed=1))
-    kept = LayersOnSelf.load_from_checkpoint(tmp_path / "model.ckpt")
+    kept = LayersOnSelf.load_from_checkpoint(tmp_path / "model.onnx.ckpt")
     for name, value in model.state_dict().items():
         assert torch.equal(kept.state_dict()[name], value), name
-    assert "quantization" in torch.load(tmp_path / "model.ckpt", weights_only=True)["lightning_compress"]
+    assert "quantization" in torch.load(tmp_path / "model.onnx.ckpt", weights_only=True)["lightning_compress"]
 
 
 def test_a_path_that_is_a_folder_is_refused_before_the_training(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_a_backbone_that_is_unfrozen_later(tmp_path: Path) -> None:
 
 @works(
     "Lightning's callbacks",
-    "`ModelCheckpoint` on a monitor",
+    '`ModelCheckpoint` on a monitor, beside `OnnxExport(weights="best")`',
     "only what was saved under the full compression counts as best",
 )
 def test_only_compressed_checkpoints_count_as_best(tmp_path: Path) -> None:

@@ -171,11 +171,15 @@ def test_a_run_that_had_ended_without_validation(tmp_path: Path) -> None:
         "The run had ended before it was resumed, so no step is left that `OnnxExport` could take inputs from. Resume "
         "it with a validation dataloader, or write the file with `export_onnx(model, example_inputs, path)`."
     )
-    kept = LayersOnSelf.load_from_checkpoint(tmp_path / "resumed" / "model.ckpt")
+    kept = LayersOnSelf.load_from_checkpoint(tmp_path / "resumed" / "model.onnx.ckpt")
     assert is_equal(dict(kept.state_dict()), dict(whole.state_dict()))
 
 
-@works("Stopping and resuming", "`save_weights_only=True`", "holds masks and ranges too; begins a new run")
+@works(
+    "Stopping and resuming",
+    "`save_weights_only=True`",
+    "holds masks and ranges too, for `load_compressed_state`; Lightning resumes from whole checkpoints alone",
+)
 def test_a_checkpoint_of_weights_alone_starts_a_new_run(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_epochs=1, save_weights_only=True)
     whole, _ = run(tmp_path, keep=keep)

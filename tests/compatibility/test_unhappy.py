@@ -88,10 +88,10 @@ class InterruptsTheExport(OnnxExport):
 def test_an_interrupt_in_the_export(tmp_path: Path) -> None:
     module = LayersOnSelf()
     callbacks = [*all_callbacks(tmp_path)[:3], InterruptsTheExport(tmp_path / "model.onnx", latency=False)]
-    warned = pytest.warns(UserWarning, match=r"the trained weights are kept in .*model\.ckpt")
+    warned = pytest.warns(UserWarning, match=r"the trained weights are kept in .*model\.onnx\.ckpt")
     with warned, pytest.raises(SystemExit):
         quiet_trainer(tmp_path, callbacks).fit(module, loader(), loader(16, seed=1))
-    kept = load_compressed_state(LayersOnSelf(), tmp_path / "model.ckpt")
+    kept = load_compressed_state(LayersOnSelf(), tmp_path / "model.onnx.ckpt")
     images = Images(8, seed=3).images
     with torch.no_grad():
         assert torch.equal(kept.eval()(images), module.eval()(images))
@@ -176,7 +176,7 @@ def on_a_full_disk(folder: Path, limit: int, when: str) -> subprocess.CompletedP
 def test_a_full_disk_while_exporting(tmp_path: Path) -> None:
     done = on_a_full_disk(tmp_path, 500, "export")
     assert done.returncode == 1
-    assert "model.ckpt could not be written either" in done.stderr
+    assert "model.onnx.ckpt could not be written either" in done.stderr
     assert "rescued" in done.stdout
     assert (tmp_path / "model.onnx").read_bytes() == LAST_GOOD
     assert not list(tmp_path.glob(".*"))

@@ -133,3 +133,33 @@ def test_a_file_without_the_teachers_weights_is_refused(tmp_path: Path) -> None:
         f"{tmp_path / 'other.ckpt'} does not hold the weights of the teacher, a `Sequential`: it has no `0.weight`. "
         "It begins with `weight`, `bias`."
     )
+
+
+def test_the_network_of_the_right_shape_is_taken(tmp_path: Path) -> None:
+    saved = nn.ModuleDict({"small": nn.Linear(2, 3), "big": nn.Linear(4, 5)})
+    torch.save(saved.state_dict(), tmp_path / "two.pt")
+    network = nn.Linear(4, 5)
+    load_weights(network, tmp_path / "two.pt")
+    assert torch.equal(network.weight, saved["big"].get_parameter("weight"))
+    with pytest.raises(CompressionError) as caught:
+        load_weights(nn.Linear(7, 7), tmp_path / "two.pt")
+    assert str(caught.value) == (
+        f"{tmp_path / 'two.pt'} does not hold the weights of the teacher, a `Linear`: its `small.weight` has the shape "
+        "(3, 2) instead of (7, 7)."
+    )
+
+
+def test_two_networks_that_fit_are_told_apart_by_the_user(tmp_path: Path) -> None:
+    torch.save(nn.ModuleDict({"net": nn.Linear(2, 3), "ema": nn.Linear(2, 3)}).state_dict(), tmp_path / "two.pt")
+    with pytest.raises(CompressionError) as caught:
+        load_weights(nn.Linear(2, 3), tmp_path / "two.pt")
+    assert str(caught.value) == (
+        f"{tmp_path / 'two.pt'} holds 2 networks that fit the teacher, a `Linear`: `net`, `ema`. Load the one you mean "
+        "yourself, and give the network alone."
+    )
+
+
+def test_a_pickled_module_is_not_read(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 3), tmp_path / "module.pt")
+    with pytest.raises(CompressionError, match="holds more than tensors and plain types, which are all that is read"):
+        load_weights(nn.Linear(2, 3), tmp_path / "module.pt")

@@ -140,15 +140,18 @@ def test_a_damaged_file_is_an_error_that_names_the_place(tmp_path: Path, monkeyp
     model = warmed(Residual())
     quantized(model)
     monkeypatch.setattr(onnx_module, "write_onnx", write_and_damage)
-    path = tmp_path / "model.onnx"
+    path, kept = tmp_path / "model.onnx", tmp_path / "model.failed" / "model.onnx"
+    path.write_bytes(b"the last good file")
     with pytest.raises(ParityError) as caught:
         export_onnx(model, images(), path)
     head, _, tail = str(caught.value).partition(": 8 samples: ")
-    assert head == f"`{path}` does not compute what the trained model computes"
+    assert head == "The file does not compute what the trained model computes"
     assert tail.endswith(
-        " dB were expected. The first layer that differs is `relu_1`. The file is kept for inspection."
+        f" dB were expected. The first layer that differs is `relu_1`. It is kept for inspection as `{kept}`."
     )
-    assert path.exists()
+    assert path.read_bytes() == b"the last good file"
+    onnx.checker.check_model(kept)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["model.failed", "model.onnx"]
 
 
 def test_a_file_that_the_runtime_cannot_open_is_an_error_and_kept(
@@ -165,6 +168,25 @@ def test_a_file_that_the_runtime_cannot_open_is_an_error_and_kept(
     path = tmp_path / "model.onnx"
     with pytest.raises(ExportError) as caught:
         export_onnx(nn.Linear(2, 2), torch.rand(2, 2), path)
-    assert str(caught.value).startswith(f"ONNX Runtime cannot open `{path}`: ")
-    assert str(caught.value).endswith(" The file is kept for inspection.")
-    assert path.exists()
+    kept = tmp_path / "model.failed" / "model.onnx"
+    assert str(caught.value).startswith("ONNX Runtime cannot open the file: ")
+    assert str(caught.value).endswith(f" It is kept for inspection as `{kept}`.")
+    assert kept.exists()
+    assert not path.exists()
+
+
+class Undefined(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return torch.log(x - 2.0)
+
+
+def test_a_network_that_returns_nan_is_not_exported(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"the last good file")
+    with pytest.raises(ExportError) as caught:
+        export_onnx(Undefined(), torch.rand(2, 2), path)
+    assert str(caught.value) == (
+        "`Undefined` returns NaN for the inputs that the file is proved on, so nothing can be compared. Look for what "
+        f"makes it. The file is kept for inspection as `{tmp_path / 'model.failed' / 'model.onnx'}`."
+    )
+    assert path.read_bytes() == b"the last good file"
