@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import lightning.pytorch as pl
 
 from lightning_compress.callbacks.averages import statistics_epochs
+from lightning_compress.schedules import resolve_step
 
 
 def completed_steps(trainer: pl.Trainer) -> int:
@@ -70,6 +72,53 @@ def total_steps(trainer: pl.Trainer) -> int | None:
     if trainer.max_epochs is None or trainer.max_epochs == -1 or math.isinf(trainer.num_training_batches):
         return step_limit
     return min(int(trainer.num_training_batches) * max(trainer.max_epochs, 1), step_limit)
+
+
+@dataclass(frozen=True)
+class Rise:
+    """The steps over which a compression rises, and those at which it takes its next step.
+
+    Args:
+        begin_step: Optimizer step at which it begins.
+        end_step: Optimizer step at which it is complete.
+        interval: Optimizer steps between two of its steps.
+
+    Example:
+        >>> [step for step in range(12) if Rise(2, 9, 3).is_due(step)]
+        [2, 5, 8, 9]
+    """
+
+    begin_step: int
+    end_step: int
+    interval: int
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether the compression takes a step after optimizer step ``step``."""
+        begin, end = self.begin_step, self.end_step
+        return step == end or (begin <= step < end and (step - begin) % self.interval == 0)
+
+
+def resolve_rise(trainer: pl.Trainer, start: float, end: float, update_every: int | None, max_updates: int) -> Rise:
+    """Return the steps of a rise that begins at ``start`` and is complete at ``end``, from `on_train_start` on.
+
+    Args:
+        trainer: A trainer during a fit.
+        start: A share of the run (float) or an optimizer step (int).
+        end: A share of the run (float) or an optimizer step (int).
+        update_every: Optimizer steps between two steps of it; None for at most ``max_updates`` of them.
+        max_updates: See ``update_every``.
+
+    Raises:
+        ValueError: If the run has no known end and a share is given, or ``start`` comes after ``end``.
+    """
+    run_steps = total_steps(trainer)
+    begin_step, end_step = resolve_step("start", start, run_steps), resolve_step("end", end, run_steps)
+    if begin_step > end_step:
+        raise ValueError(
+            f"`start` must not come after `end`, got start={start} (optimizer step {begin_step}) "
+            f"and end={end} (optimizer step {end_step})."
+        )
+    return Rise(begin_step, end_step, update_every or max(1, -(-(end_step - begin_step) // max_updates)))
 
 
 def _estimated_steps(trainer: pl.Trainer) -> float:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_compress.callbacks.averages import averaged_modules
 from lightning_compress.callbacks.checkpoint import attach_state, attached_state
-from lightning_compress.callbacks.clock import completed_steps, total_steps
+from lightning_compress.callbacks.clock import Rise, completed_steps, resolve_rise
 from lightning_compress.callbacks.random_state import RandomState, attach_random_state
 from lightning_compress.callbacks.trainers import check_trainer, has_late_layers
 from lightning_compress.errors import CompressionError
@@ -28,7 +28,7 @@ from lightning_compress.pruning.weights import (
     sparsity,
     sparsity_by_layer,
 )
-from lightning_compress.schedules import CubicSchedule, check_moment, check_order, resolve_step
+from lightning_compress.schedules import CubicSchedule, check_moment, check_order
 
 STATE_KEY = "pruning"
 """Where the masks lie in a checkpoint: ``checkpoint["lightning_compress"]["pruning"]``."""
@@ -114,8 +114,8 @@ class MagnitudePruning(pl.Callback):
         self._state = PruningState()
         self._random = RandomState()
         self._layers: tuple[str, ...] = ()
+        self._rise = Rise(0, 0, 1)
         self._schedule = CubicSchedule(self.sparsity, 0, 0)
-        self._interval = 1
         self._last_step = 0
         self._counted = 0.0
         self._logged: float | None = None
@@ -161,16 +161,8 @@ class MagnitudePruning(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._random.begin(trainer)
-        run_steps = total_steps(trainer)
-        begin_step = resolve_step("start", self.start, run_steps)
-        end_step = resolve_step("end", self.end, run_steps)
-        if begin_step > end_step:
-            raise ValueError(
-                f"`start` must not come after `end`, got start={self.start} (optimizer step {begin_step}) "
-                f"and end={self.end} (optimizer step {end_step})."
-            )
-        self._schedule = CubicSchedule(self.sparsity, begin_step, end_step)
-        self._interval = self.update_every or max(1, -(-(end_step - begin_step) // MAX_DEFAULT_UPDATES))
+        self._rise = resolve_rise(trainer, self.start, self.end, self.update_every, MAX_DEFAULT_UPDATES)
+        self._schedule = CubicSchedule(self.sparsity, self._rise.begin_step, self._rise.end_step)
         step = self._last_step = completed_steps(trainer)
         weights = self._weights(pl_module)
         if step == 0:
@@ -178,8 +170,8 @@ class MagnitudePruning(pl.Callback):
         self._check_masks_fit(weights)
         self._state.masks = {name: mask.to(weights[name].device) for name, mask in self._state.masks.items()}
         self._counted, self._logged = sparsity(weights), None
-        overdue = not self._state.masks if step < end_step else not self._state.complete
-        if step >= begin_step and overdue:
+        overdue = not self._state.masks if step < self._rise.end_step else not self._state.complete
+        if step >= self._rise.begin_step and overdue:
             self._update_masks(trainer, pl_module, step)
 
     @override
@@ -198,7 +190,7 @@ class MagnitudePruning(pl.Callback):
             return
         # Momentum can move a pruned weight off zero, so the masks are applied after every step.
         self._apply(trainer, pl_module)
-        if not self.complete and self._is_update_step(step):
+        if not self.complete and self._rise.is_due(step):
             self._update_masks(trainer, pl_module, step)
         # Lightning keeps a logged value for the rest of the epoch.
         if not trainer.barebones and self._logged != self._counted:
@@ -233,10 +225,6 @@ class MagnitudePruning(pl.Callback):
         """What a checkpoint must agree on; a schedule may change, as when a run is made longer."""
         pattern = None if self.pattern is None else list(self.pattern)
         return {"sparsity": self.sparsity, "scope": self.scope, "pattern": pattern, "exclude": list(self.exclude)}
-
-    def _is_update_step(self, step: int) -> bool:
-        begin, end = self._schedule.begin_step, self._schedule.end_step
-        return step == end or (begin <= step < end and (step - begin) % self._interval == 0)
 
     def _update_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         weights = self._weights(pl_module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -207,3 +207,28 @@ class StepSizes:
         for name, step in state["steps"].items():
             self.add(name, step)
         self._moments = state["moments"].clone()
+
+
+def narrowed_state(state: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return a `StepSizes.state_dict` with some of the channels of some step sizes alone.
+
+    Args:
+        state: The state.
+        kept: The channels that stay, by the name of the step size; others stay as they are.
+
+    Example:
+        >>> steps = StepSizes()
+        >>> _ = steps.add("conv", torch.tensor([1.0, 2.0, 3.0]))
+        >>> narrowed_state(steps.state_dict(), {"conv": [0, 2]})["steps"]
+        {'conv': tensor([1., 3.])}
+    """
+    moments = torch.split(state["moments"], [step.numel() for step in state["steps"].values()], 1)
+    rows = [(name, step, part) for (name, step), part in zip(state["steps"].items(), moments, strict=True)]
+    rows = [
+        (name, step[list(kept[name])], part[:, list(kept[name])]) if name in kept and step.dim() else (name, step, part)
+        for name, step, part in rows
+    ]
+    return {
+        "steps": {name: step for name, step, _ in rows},
+        "moments": torch.cat([part for *_, part in rows], 1) if rows else state["moments"],
+    }

@@ -154,7 +154,7 @@ class Watch(pl.Callback):
         weights = [pl_module.get_parameter(f"{name}.weight") for name in self.pruning.sparsity_by_layer(pl_module)]
         self.zeros[step] = sum(int((weight == 0).sum()) for weight in weights)
         self.complete_at += [step] * self.pruning.complete
-        if not self.pruning._is_update_step(step):
+        if not self.pruning._rise.is_due(step):
             return
         for optimizer in trainer.optimizers:
             for parameter, memory in optimizer.state.items():
