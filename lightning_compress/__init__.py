@@ -1,24 +1,30 @@
 """Training-time compression for PyTorch Lightning: callbacks for quantization, pruning, distillation and export."""
 
+from lightning_compress.callbacks.channel_pruning import ChannelPruning
 from lightning_compress.callbacks.distillation import KnowledgeDistillation
 from lightning_compress.callbacks.loading import load_compressed_state
 from lightning_compress.callbacks.onnx_export import OnnxExport
 from lightning_compress.callbacks.pruning import MagnitudePruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
+from lightning_compress.callbacks.shrinking import Shrunk, rebuild, shrink
 from lightning_compress.callbacks.stripping import strip
 from lightning_compress.export import ExportResult, export_onnx
 from lightning_compress.quantization.placement_report import placement_report
 from lightning_compress.report import RunReport
 
 __all__ = [
+    "ChannelPruning",
     "ExportResult",
     "KnowledgeDistillation",
     "MagnitudePruning",
     "OnnxExport",
     "QuantizationAwareTraining",
     "RunReport",
+    "Shrunk",
     "export_onnx",
     "load_compressed_state",
     "placement_report",
+    "rebuild",
+    "shrink",
     "strip",
 ]

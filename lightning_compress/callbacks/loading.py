@@ -10,11 +10,13 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from lightning_compress.callbacks.channel_pruning import STATE_KEY as CHANNELS_KEY
 from lightning_compress.callbacks.checkpoint import COMPRESSION_KEY, attach_state, detach_states
 from lightning_compress.callbacks.pruning import STATE_KEY as PRUNING_KEY
 from lightning_compress.callbacks.quantization import STATE_KEY as QUANTIZATION_KEY
 from lightning_compress.callbacks.quantization import QuantizationSlot
 from lightning_compress.errors import CompressionError
+from lightning_compress.pruning.channels.state import ChannelState
 from lightning_compress.pruning.state import PruningState
 from lightning_compress.quantization import prepare, strip
 from lightning_compress.quantization.scheme import Scheme
@@ -44,17 +46,18 @@ def load_compressed_state(model: ModelT, checkpoint: str | os.PathLike[str] | Ma
         Traceback (most recent call last):
             ...
         lightning_compress.errors.CompressionError: The checkpoint holds no masks and no ranges: it was written without
-        `MagnitudePruning` and `QuantizationAwareTraining`. Load it as ever, with `load_from_checkpoint`.
+        `MagnitudePruning`, `ChannelPruning` and `QuantizationAwareTraining`. Load it
+        as ever, with `load_from_checkpoint`.
     """
     content = checkpoint
     if isinstance(content, str | os.PathLike):
         content = cast(Mapping[str, Any], torch.load(content, map_location="cpu", weights_only=True))
     states = content.get(COMPRESSION_KEY, {})
-    pruning, quantization = PruningState(), QuantizationSlot()
-    if not any(states.get(key) for key in (PRUNING_KEY, QUANTIZATION_KEY)):
+    pruning, channels, quantization = PruningState(), ChannelState(), QuantizationSlot()
+    if not any(states.get(key) for key in (PRUNING_KEY, CHANNELS_KEY, QUANTIZATION_KEY)):
         raise CompressionError(
-            "The checkpoint holds no masks and no ranges: it was written without `MagnitudePruning` and "
-            "`QuantizationAwareTraining`. Load it as ever, with `load_from_checkpoint`."
+            "The checkpoint holds no masks and no ranges: it was written without `MagnitudePruning`, `ChannelPruning` "
+            "and `QuantizationAwareTraining`. Load it as ever, with `load_from_checkpoint`."
         )
     strip(model)
     if isinstance(model, pl.LightningModule):
@@ -67,6 +70,10 @@ def load_compressed_state(model: ModelT, checkpoint: str | os.PathLike[str] | Ma
         weights = {name: model.get_parameter(f"{name}.weight") for name in pruning.masks}
         if not pruning.is_obeyed(weights):
             pruning.clear()  # trained on without the callback
+    if states.get(CHANNELS_KEY):
+        channels.load(states[CHANNELS_KEY])
+        if not channels.is_obeyed(model):
+            channels.clear()
     if states.get(QUANTIZATION_KEY):
         saved = states[QUANTIZATION_KEY]
         quantization.module = saved["module"]
@@ -74,6 +81,7 @@ def load_compressed_state(model: ModelT, checkpoint: str | os.PathLike[str] | Ma
         quantization.take(prepare(model.get_submodule(saved["module"] or ""), Scheme(**saved["scheme"])))
     if isinstance(model, pl.LightningModule):
         attach_state(model, PRUNING_KEY, pruning.save, pruning.load)
+        attach_state(model, CHANNELS_KEY, channels.save, channels.load)
         attach_state(model, QUANTIZATION_KEY, quantization.save, quantization.load)
     return model
 

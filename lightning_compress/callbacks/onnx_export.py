@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
+from lightning_compress.callbacks.channel_pruning import STATE_KEY as CHANNELS_KEY
+from lightning_compress.callbacks.checkpoint import attached_state
 from lightning_compress.callbacks.clock import completed_steps
 from lightning_compress.callbacks.complete_weights import (
     best_complete_checkpoint,
@@ -28,6 +30,7 @@ from lightning_compress.callbacks.file_metric import FileForward, quiet_lightnin
 from lightning_compress.callbacks.forward_tap import ForwardTap
 from lightning_compress.callbacks.progress import ProgressLine
 from lightning_compress.callbacks.random_state import RandomState, attach_random_state
+from lightning_compress.callbacks.shrinking import check_shrunk, shrink
 from lightning_compress.callbacks.trainers import check_trainer
 from lightning_compress.copying import copy_of
 from lightning_compress.errors import CompressionError, MissingExtraError
@@ -37,6 +40,7 @@ from lightning_compress.export.onnx import write_onnx
 from lightning_compress.export.packing import storage_note
 from lightning_compress.export.parts import UnexportableError
 from lightning_compress.export.session import import_onnxruntime, open_session
+from lightning_compress.pruning.channels.state import ChannelState
 from lightning_compress.quantization import quantization_of, strip
 from lightning_compress.report import (
     History,
@@ -301,8 +305,8 @@ class OnnxExport(pl.Callback):
         with ProgressLine("OnnxExport") as progress:
             progress.tell("choosing the weights")
             chosen = self._chosen(trainer, pl_module)
-            network = chosen.get_submodule(self._called)
             calls = _at_most(self._calls, VERIFY_SAMPLES)
+            network = self._shrunk(chosen, calls, progress)
             try:
                 self.result = export_onnx(network, calls[0], self.path, verify_inputs=calls, progress=progress.tell)
             except UnexportableError as error:
@@ -313,6 +317,20 @@ class OnnxExport(pl.Callback):
             self.report.write_json(folder / "report.json")
             self._plot(folder / "report.png")
         print(f"\n{self.report.to_text()}")
+
+    def _shrunk(self, chosen: pl.LightningModule, calls: Sequence[CallArguments], progress: ProgressLine) -> nn.Module:
+        """Return the network to export: without the channels that are masked, where there are any."""
+        network = chosen.get_submodule(self._called)
+        channels = attached_state(chosen, CHANNELS_KEY, ChannelState)
+        if channels is None or not channels.has_removed:
+            return network
+        progress.tell("removing the masked channels")
+        small = shrink(chosen).model
+        shrunk = small.get_submodule(self._called)
+        if channels.module == self._called:
+            pairs = [(call.args, call.kwargs) for call in calls]
+            check_shrunk(network, shrunk, channels.groups, channels.kept, pairs)
+        return shrunk
 
     def _collect_by_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the user's validation for inputs: a run that had ended before it was resumed makes no step."""
@@ -330,19 +348,22 @@ class OnnxExport(pl.Callback):
     ) -> RunReport:
         assert self.result is not None
         example = self._calls[0]
+        whole = chosen.get_submodule(self._called)  # with the channels that the file lacks
         quantization = quantization_of(network)
         is_integer = quantization is not None and quantization.is_quantizing
         bits = {_relative(name, quantization, network): bits for name, bits in _layer_bits(network).items()}
         progress.tell("counting")
         with tempfile.TemporaryDirectory() as folder:
             float_path = self.path
-            if is_integer:
+            if is_integer or whole is not network:
                 progress.tell("writing the fp32 file to compare with")
                 float_path = Path(folder) / "fp32.onnx"
-                write_onnx(strip(copy_of(network)), example, float_path)
+                write_onnx(strip(copy_of(whole)), example, float_path)
             latency = None
             if self.latency:
-                files = {"fp32": float_path, "this file": self.path} if is_integer else {"fp32": self.path}
+                files = (
+                    {"fp32": float_path} if float_path == self.path else {"fp32": float_path, "this file": self.path}
+                )
                 feeds = _single_sample(self.path, self.result, tensors_of(example.args, example.kwargs))
                 batch_sizes = (1, 8) if self.result.has_dynamic_batch else (_batch_size(example),)
                 latency = compare_latency(files, feeds, batch_sizes=batch_sizes, progress=progress.tell)
@@ -352,19 +373,27 @@ class OnnxExport(pl.Callback):
             progress.tell(f"measuring {self.metric} of the file")
             metrics = (self._metric(trainer, chosen),)
         audit = self.result.audit
+        statistics = model_statistics(
+            strip(copy_of(network)), example.args, example.kwargs, bits=bits if is_integer else None
+        )
+        notes = [storage_note(self.result.packed)]
+        if whole is not network:
+            before = model_statistics(strip(copy_of(whole)), example.args, example.kwargs)
+            notes.append(
+                f"channels removed: {statistics.macs / before.macs:.1%} of the multiply-accumulates and "
+                f"{statistics.parameters / before.parameters:.1%} of the parameters remain; fp32 is with all channels"
+            )
         return RunReport(
             model=type(network).__name__,
             versions={name: version(name) for name in ("torch", "lightning", "onnx", "onnxruntime")},
-            statistics=model_statistics(
-                strip(copy_of(network)), example.args, example.kwargs, bits=bits if is_integer else None
-            ),
+            statistics=statistics,
             sizes=sizes,
             latency=latency,
             metrics=metrics,
             parity=_parity(self.result),
             integer_ops={kind: integer for kind, (integer, _) in audit.counts().items() if integer},
             float_ops={f"{row.kind} {row.name}": row.reason for row in audit.floats()} if is_integer else None,
-            notes=tuple(note for note in [storage_note(self.result.packed)] if note),
+            notes=tuple(note for note in notes if note),
         )
 
     def _metric(self, trainer: pl.Trainer, chosen: pl.LightningModule) -> Metric:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from lightning_compress.graph import (
     uncover,
 )
 from lightning_compress.processes import n_processes, union
+from lightning_compress.quantization import step_sizes
 from lightning_compress.quantization.layers import QuantizedLayerForward
 from lightning_compress.quantization.placement import Placement, PlacementRow, place
 from lightning_compress.quantization.ranges import ActivationRanges
@@ -270,6 +271,22 @@ class Quantization:
                 place = name.removeprefix(ACTIVATION_PREFIX)
                 index = self.ranges.names.index(place)
                 self.ranges.learn(index, step, state["ranges"]["zero_points"][place])
+
+
+def narrowed_state(state: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return a `Quantization.state_dict` for the same model with fewer output channels in some layers.
+
+    Args:
+        state: The state.
+        kept: The output channels that stay, by layer name.
+
+    Example:
+        >>> quantization = prepare(nn.Sequential(nn.Linear(2, 3)))
+        >>> narrowed_state(quantization.state_dict(), {"0": [0, 2]})["is_quantizing"]
+        False
+    """
+    steps = step_sizes.narrowed_state(state["steps"], {WEIGHT_PREFIX + name: rows for name, rows in kept.items()})
+    return {**state, "steps": steps}
 
 
 def prepare(model: nn.Module, scheme: Scheme | None = None, **settings: Any) -> Quantization:
