@@ -6,11 +6,13 @@ from lightning_compress.callbacks.loading import load_compressed_state
 from lightning_compress.callbacks.onnx_export import OnnxExport
 from lightning_compress.callbacks.pruning import MagnitudePruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
+from lightning_compress.callbacks.sensitivity import sensitivity
 from lightning_compress.callbacks.shrinking import Shrunk, rebuild, shrink
 from lightning_compress.callbacks.stripping import strip
 from lightning_compress.export import ExportResult, export_onnx
 from lightning_compress.quantization.placement_report import placement_report
 from lightning_compress.report import RunReport
+from lightning_compress.report.sensitivity import SensitivityReport
 
 __all__ = [
     "ChannelPruning",
@@ -20,11 +22,13 @@ __all__ = [
     "OnnxExport",
     "QuantizationAwareTraining",
     "RunReport",
+    "SensitivityReport",
     "Shrunk",
     "export_onnx",
     "load_compressed_state",
     "placement_report",
     "rebuild",
+    "sensitivity",
     "shrink",
     "strip",
 ]

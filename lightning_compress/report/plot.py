@@ -172,7 +172,7 @@ def plot_run(history: History, layers: Sequence[LayerStatistics], path: str | Pa
         ...     Path(folder, "run.png").read_bytes()[:4]
         b'\x89PNG'
     """
-    style, figure_class, canvas_class = _import_matplotlib()
+    style, figure_class, canvas_class = import_matplotlib()
     # The user's rc settings must neither spoil the picture nor be changed by it; a style never holds the backend.
     with style.context("default"):
         figure = figure_class(figsize=_SIZE_INCHES, dpi=_DPI, layout="constrained")
@@ -306,7 +306,12 @@ def _end_of(text: str, n_characters: int) -> str:
     return f"...{end.partition('.')[2] or end[1:]}"
 
 
-def _import_matplotlib() -> tuple[Any, Any, Any]:
+def import_matplotlib() -> tuple[Any, Any, Any]:
+    """Return matplotlib's styles, figure and canvas.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
     try:
         from matplotlib import style
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -50,6 +50,23 @@ class ChannelGroup:
         """In how many blocks the units lie."""
         return 1 if self.blocks is None else int(self.blocks.max()) + 1
 
+    def ranked(self, scores: Tensor) -> Tensor:
+        """Return the units, the most important first; blocks take turns, so that as many of each are among the first.
+
+        Args:
+            scores: Importance of every unit.
+
+        Example:
+            >>> ChannelGroup("conv", 4, (), torch.tensor([0, 0, 1, 1])).ranked(torch.tensor([4.0, 3.0, 1.0, 2.0]))
+            tensor([0, 3, 1, 2])
+        """
+        order = scores.argsort(descending=True, stable=True)
+        if self.blocks is None:
+            return order
+        rows = [order[self.blocks[order] == block] for block in range(self.n_blocks)]
+        # A row of the result holds the units of one rank: their blocks lose them together.
+        return torch.stack(rows, 1).flatten()
+
     def save(self) -> dict[str, Any]:
         """Return the group as tensors and plain types."""
         return {

@@ -185,7 +185,10 @@ def plan_channels(
     """
     floors = list(floors) or [0.1] * len(groups)
     counts = [int(mask.sum()) for mask in kept]
-    orders = [_order(group, scores[group.name], mask) for group, mask in zip(groups, kept, strict=True)]
+    orders = [
+        group.ranked(torch.where(mask, scores[group.name], -torch.inf))
+        for group, mask in zip(groups, kept, strict=True)
+    ]
     goal, slack = target * cost.total, TOLERANCE * cost.total
     least = (target if final_target is None else min(target, final_target)) * cost.total - slack / 2
     step = round_to
@@ -197,10 +200,10 @@ def plan_channels(
         step //= 2
     if total > goal + slack:
         total = _come_near(groups, counts, ways, cost, goal)
-    remaining = least_cost(groups, cost, 1, floors)
-    if total > goal + slack and remaining > target:
+    least_share = least_cost(groups, cost, 1, floors)
+    if total > goal + slack and least_share > target:
         raise CompressionError(
-            f"No more than {1 - remaining:.1%} of the cost can be removed, so that {remaining:.3f} remains, and "
+            f"No more than {1 - least_share:.1%} of the cost can be removed, so that {least_share:.3f} remains, and "
             f"{target:.3f} was asked for. Lower `floor`, exclude fewer layers, or ask for more."
         )
     masks = []
@@ -273,13 +276,3 @@ def _come_near(
             return total
         _, number, way = min(found)
         counts[number] = way
-
-
-def _order(group: ChannelGroup, scores: Tensor, kept: Tensor) -> Tensor:
-    """Return the units, the last to go first; blocks take turns, so that as many of each are among the first."""
-    ranked = torch.where(kept, scores, -torch.inf).argsort(descending=True, stable=True)
-    if group.blocks is None:
-        return ranked
-    rows = [ranked[group.blocks[ranked] == block] for block in range(group.n_blocks)]
-    # A row of the result holds the units of one rank: their blocks lose them together.
-    return torch.stack(rows, 1).flatten()
