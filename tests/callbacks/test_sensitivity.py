@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import ChannelPruning, QuantizationAwareTraining, sensitivity
-from lightning_compress.report.sensitivity import SensitivityReport, SensitivityRow
+from lightning_compress.report.sensitivity import Kind, SensitivityReport, SensitivityRow
 from tests.compatibility.runs import LIGHTNING_NOISE
 from tests.training import quiet_trainer
 from tests.user_modules import LayersOnSelf, NetWithKeywords, loader
@@ -61,9 +61,10 @@ def test_the_model_is_left_as_it_is_and_budgets_are_taken(kind: type[LayersOnSel
 
 
 def test_a_budget_stops_before_the_first_amount_that_costs_too_much() -> None:
+    trials: dict[Kind, tuple[float, ...]] = {"channels": (0.75, 0.5, 0.25), "bits": (4, 3, 2)}
     rows = tuple(
         SensitivityRow("conv", kind, amount, metric)
-        for kind, amounts in (("channels", (0.75, 0.5, 0.25)), ("bits", (4, 3, 2)))
+        for kind, amounts in trials.items()
         for amount, metric in zip(amounts, (0.89, 0.7, 0.9), strict=True)
     )
     report = SensitivityReport("val_acc", 0.9, True, rows)
