@@ -407,8 +407,11 @@ class QuantizationSlot:
         return {"module": self.module, **self.quantization.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over a state that was read."""
+        """Take over a state that was read; an empty one leaves a network in float that has seen nothing."""
         if not state:
+            self._waiting = None
+            if self.quantization is not None:
+                self.quantization.begin_anew()
             return
         check_same_settings({"module": state["module"]}, {"module": self.module})
         if self.quantization is None:
