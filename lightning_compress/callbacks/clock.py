@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_compress.callbacks.averages import statistics_epochs
 from lightning_compress.schedules import resolve_step
@@ -122,11 +123,24 @@ def resolve_rise(trainer: pl.Trainer, start: float, end: float, update_every: in
 
 
 def _estimated_steps(trainer: pl.Trainer) -> float:
-    extra, max_epochs = statistics_epochs(trainer), trainer.fit_loop.max_epochs
-    if not extra or max_epochs is None:
+    max_epochs = trainer.fit_loop.max_epochs
+    if max_epochs is None or max_epochs == -1:
         return trainer.estimated_stepping_batches
-    trainer.fit_loop.max_epochs = max_epochs - extra
+    trainer.fit_loop.max_epochs = n_epochs = max_epochs - statistics_epochs(trainer)
     try:
-        return trainer.estimated_stepping_batches
+        estimated = trainer.estimated_stepping_batches
     finally:
         trainer.fit_loop.max_epochs = max_epochs
+    scheduler = _accumulation_scheduler(trainer)
+    if scheduler is None or math.isinf(trainer.num_training_batches):
+        return estimated
+    # Lightning's estimate takes the accumulation in force now for that of every epoch.
+    factors = (scheduler.get_accumulate_grad_batches(epoch) for epoch in range(max(n_epochs, 1)))
+    n_steps = sum(math.ceil(trainer.num_training_batches / factor) for factor in factors)
+    return n_steps if trainer.max_steps == -1 else min(n_steps, trainer.max_steps)
+
+
+def _accumulation_scheduler(trainer: pl.Trainer) -> GradientAccumulationScheduler | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    found = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    return found[-1] if found else None  # of several the last one sets the accumulation

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
+from benchmarks.kill_and_resume import is_equal
 from lightning_compress import MagnitudePruning, QuantizationAwareTraining, strip
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import quantization_of
-from tests.compatibility.runs import LIGHTNING_NOISE, Run, assert_compressed, assert_ships, fit
+from tests.compatibility.runs import LIGHTNING_NOISE, Run, assert_compressed, assert_ships, callbacks_of, fit
 from tests.compatibility.table import refused, works
 from tests.training import all_callbacks, quiet_trainer
 from tests.user_modules import Images, LayersOnSelf, ManualOptimization, NetWithKeywords, TwoNetworks, loader
@@ -62,6 +63,58 @@ def test_a_callback_of_lightning_before_and_after_ours(name: str, is_first: bool
 class SavesEachEpoch(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.save_checkpoint(Path(trainer.default_root_dir) / f"{trainer.current_epoch}.ckpt")
+
+
+ACCUMULATION = {
+    # Of 8 batches an epoch.
+    "later more": ({0: 1, 1: 4}, 8 + 2 + 2 + 2),
+    "later two": ({0: 1, 1: 2}, 8 + 4 + 4 + 4),
+    "later fewer": ({0: 4, 2: 1}, 2 + 2 + 8 + 8),
+}
+
+
+class FirstSteps(L.Callback):
+    """Writes down after how many steps a batch first met the full sparsity, rounding and frozen batch norms."""
+
+    def __init__(self) -> None:
+        self.end: list[int] = []
+        self.start: list[int] = []
+        self.freeze: list[int] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        _, pruning, rounding, *_ = callbacks_of(trainer)
+        assert isinstance(pruning, MagnitudePruning)
+        assert isinstance(rounding, QuantizationAwareTraining)
+        self.end += [trainer.global_step] * pruning.complete
+        self.start += [trainer.global_step] * rounding.complete
+        self.freeze += [trainer.global_step] * (not pl_module.get_submodule("bn1").training)
+
+
+@pytest.mark.parametrize(("scheduling", "steps"), ACCUMULATION.values(), ids=ACCUMULATION)
+@works("Lightning's callbacks", "`GradientAccumulationScheduler`: shares of the run", "of the steps of all epochs")
+def test_shares_under_scheduled_accumulation(scheduling: dict[int, int], steps: int, tmp_path: Path) -> None:
+    watch = FirstSteps()
+    scheduler = lightning_callbacks.GradientAccumulationScheduler(dict(scheduling))
+    run = fit(tmp_path, last=(scheduler, watch), max_epochs=4)
+    assert_compressed(run)
+    assert run.trainer.global_step == steps
+    assert watch.end[0] == watch.start[0] == round(0.5 * steps)
+    assert watch.freeze[0] == round(0.75 * steps)
+
+
+@pytest.mark.parametrize("scheduling", [scheduling for scheduling, _ in ACCUMULATION.values()], ids=ACCUMULATION)
+@works("Stopping and resuming", "`GradientAccumulationScheduler`, resumed after any epoch", "bit-identical")
+def test_scheduled_accumulation_is_resumed(scheduling: dict[int, int], tmp_path: Path) -> None:
+    def run(folder: Path, *more: L.Callback, **settings: Any) -> Run:
+        scheduler = lightning_callbacks.GradientAccumulationScheduler(dict(scheduling))
+        return fit(folder, last=(scheduler, *more), max_epochs=4, **settings)
+
+    keep = lightning_callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1)
+    whole = run(tmp_path, keep, enable_checkpointing=True)
+    for epoch in range(3):
+        resumed = run(tmp_path / f"{epoch}", ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        assert_compressed(resumed)
+        assert is_equal(dict(resumed.module.state_dict()), dict(whole.module.state_dict()))
 
 
 @pytest.mark.parametrize("is_first", [True, False], ids=["before ours", "after ours"])
