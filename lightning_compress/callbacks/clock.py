@@ -140,6 +140,23 @@ def _estimated_steps(trainer: pl.Trainer) -> float:
     return n_steps if trainer.max_steps == -1 else min(n_steps, trainer.max_steps)
 
 
+def set_accumulation(trainer: pl.Trainer) -> None:
+    """Accumulate as a `GradientAccumulationScheduler` says for this epoch; call it before each training batch.
+
+    Lightning sets it when an epoch begins, and forgets it where a run is resumed inside one.
+
+    Example:
+        >>> scheduler = GradientAccumulationScheduler({0: 4})
+        >>> trainer = pl.Trainer(callbacks=[scheduler], logger=False, enable_checkpointing=False, accelerator="cpu")
+        >>> set_accumulation(trainer)
+        >>> trainer.accumulate_grad_batches
+        4
+    """
+    scheduler = _accumulation_scheduler(trainer)
+    if scheduler is not None:
+        trainer.accumulate_grad_batches = scheduler.get_accumulate_grad_batches(trainer.current_epoch)
+
+
 def _accumulation_scheduler(trainer: pl.Trainer) -> GradientAccumulationScheduler | None:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     found = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]

@@ -17,13 +17,8 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from lightning_compress.callbacks.clock import completed_steps
-from lightning_compress.callbacks.complete_weights import (
-    best_complete_checkpoint,
-    forget_incomplete_checkpoints,
-    has_begun,
-    is_complete,
-    save_weights,
-)
+from lightning_compress.callbacks.complete_weights import best_complete_checkpoint, save_weights
+from lightning_compress.callbacks.compressor import has_begun
 from lightning_compress.callbacks.file_metric import FileForward, quiet_lightning
 from lightning_compress.callbacks.forward_tap import ForwardTap
 from lightning_compress.callbacks.progress import ProgressLine
@@ -114,7 +109,6 @@ class OnnxExport(pl.Callback):
         self._are_calls_validated = False
         self._has_stepped = False
         self._metric_before: float | None = None
-        self._was_complete = False
         self._last_step = -1
         self._unread: list[tuple[int, dict[str, Any]]] = []
         self._random = RandomState()
@@ -142,7 +136,7 @@ class OnnxExport(pl.Callback):
         self._random.begin(trainer)
         if completed_steps(trainer) == 0:  # a new run
             self.history = History()
-            self._metric_before, self._was_complete, self._last_step, self._unread = None, False, -1, []
+            self._metric_before, self._last_step, self._unread = None, -1, []
 
     @override
     def on_train_batch_start(
@@ -173,10 +167,6 @@ class OnnxExport(pl.Callback):
         self._unread.append((step, values))
         if len(self._unread) >= READ_EVERY:
             self._read()
-        if not self._was_complete and is_complete(trainer):
-            self._was_complete = True
-            if self.weights == "best":
-                forget_incomplete_checkpoints(trainer)
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -248,17 +238,12 @@ class OnnxExport(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         self._read()
-        return {
-            "history": self.history.state_dict(),
-            "metric_before": self._metric_before,
-            "was_complete": self._was_complete,
-        }
+        return {"history": self.history.state_dict(), "metric_before": self._metric_before}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history.load_state_dict(state_dict["history"])
         self._metric_before = state_dict["metric_before"]
-        self._was_complete = state_dict["was_complete"]
 
     def _read(self) -> None:
         for step, values in self._unread:

@@ -23,6 +23,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import quantization_of
 from tests.compatibility.runs import LIGHTNING_NOISE, Run, assert_compressed, assert_ships, callbacks_of, fit
 from tests.compatibility.table import refused, works
+from tests.test_promises import Stateful
 from tests.training import all_callbacks, quiet_trainer
 from tests.user_modules import Images, LayersOnSelf, ManualOptimization, NetWithKeywords, TwoNetworks, loader
 
@@ -103,18 +104,18 @@ def test_shares_under_scheduled_accumulation(scheduling: dict[int, int], steps: 
 
 
 @pytest.mark.parametrize("scheduling", [scheduling for scheduling, _ in ACCUMULATION.values()], ids=ACCUMULATION)
-@works("Stopping and resuming", "`GradientAccumulationScheduler`, resumed after any epoch", "bit-identical")
+@works("Stopping and resuming", "`GradientAccumulationScheduler`, resumed inside an epoch", "bit-identical")
 def test_scheduled_accumulation_is_resumed(scheduling: dict[int, int], tmp_path: Path) -> None:
     def run(folder: Path, *more: L.Callback, **settings: Any) -> Run:
         scheduler = lightning_callbacks.GradientAccumulationScheduler(dict(scheduling))
-        return fit(folder, last=(scheduler, *more), max_epochs=4, **settings)
+        return fit(folder, last=(scheduler, *more), max_epochs=4, data=(Stateful(), loader(16, seed=1)), **settings)
 
-    keep = lightning_callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1)
+    keep = lightning_callbacks.ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=3)
     whole = run(tmp_path, keep, enable_checkpointing=True)
-    for epoch in range(3):
-        resumed = run(tmp_path / f"{epoch}", ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+    for path in sorted(tmp_path.glob("*.ckpt")):
+        resumed = run(tmp_path / path.stem, ckpt_path=path)
         assert_compressed(resumed)
-        assert is_equal(dict(resumed.module.state_dict()), dict(whole.module.state_dict()))
+        assert is_equal(dict(resumed.module.state_dict()), dict(whole.module.state_dict())), path.stem
 
 
 @pytest.mark.parametrize("is_first", [True, False], ids=["before ours", "after ours"])
@@ -222,8 +223,8 @@ def test_a_backbone_that_is_unfrozen_later(tmp_path: Path) -> None:
 
 @works(
     "Lightning's callbacks",
-    '`ModelCheckpoint` on a monitor, beside `OnnxExport(weights="best")`',
-    "only what was saved under the full compression counts as best",
+    '`ModelCheckpoint` on a monitor, and `OnnxExport(weights="best")`',
+    "only what was measured and saved under the full compression counts as best",
 )
 def test_only_compressed_checkpoints_count_as_best(tmp_path: Path) -> None:
     keep = lightning_callbacks.ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=2)
