@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_compress.callbacks.checkpoint import attach_state, attached_state
@@ -37,6 +38,10 @@ class Compressor(pl.Callback):
     @abstractmethod
     def has_begun(self) -> bool:
         """Whether a weight has been changed yet."""
+
+    @abstractmethod
+    def shortfall(self, pl_module: pl.LightningModule) -> str:
+        """Return, for a sentence, what was reached instead of the full compression and when that would have been."""
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -76,6 +81,24 @@ class Compressor(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._rankings.after_training(trainer)
+        has_exporter = any(isinstance(callback, Exporter) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        incomplete = [compressor for compressor in compressors(trainer) if not compressor.complete]
+        if incomplete[:1] == [self] and not has_exporter:
+            rank_zero_warn(f"{ended_early(trainer)} Resume the run to finish, or choose earlier moments.")
+
+
+class Exporter(pl.Callback):
+    """A callback that writes the network when the fit ends, and tells then what is missing of its compression."""
+
+
+def ended_early(trainer: pl.Trainer) -> str:
+    """Return the sentence that tells what is missing at the end of a fit, of all compressors together."""
+    incomplete = [compressor for compressor in compressors(trainer) if not compressor.complete]
+    reached = "; ".join(compressor.shortfall(trainer.lightning_module) for compressor in incomplete)
+    return (
+        f"The fit ended after {completed_steps(trainer)} optimizer steps, before the full compression was reached: "
+        f"{reached}."
+    )
 
 
 def compressors(trainer: pl.Trainer) -> list[Compressor]:

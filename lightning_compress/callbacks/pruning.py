@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -133,6 +132,14 @@ class MagnitudePruning(Compressor):
         """Whether a weight has been pruned."""
         return bool(self._state.masks)
 
+    @override
+    def shortfall(self, pl_module: pl.LightningModule) -> str:
+        """Return the sparsity that was reached, and when the full one would have been."""
+        return (
+            f"`MagnitudePruning` was at a sparsity of {sparsity(self._weights(pl_module)):.4f}, and the full "
+            f"{self.sparsity:.4f} was due after step {self._schedule.end_step}"
+        )
+
     def counted_sparsity(self, pl_module: nn.Module) -> float:
         """Return the fraction of zeros among the selected weights of ``pl_module``, counted from the tensors."""
         return sparsity(prunable_weights(pl_module, self.exclude))
@@ -207,17 +214,11 @@ class MagnitudePruning(Compressor):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
         self._random.is_training = False
         # `WeightAveraging` has just put the average in the weights' place, if it comes before this callback.
         self._state.apply_(self._weights(pl_module))
         check_alike("pruning masks", self._state.masks)
-        if not self.complete:
-            rank_zero_warn(
-                f"The fit ended after {completed_steps(trainer)} optimizer steps at a sparsity of "
-                f"{sparsity(self._weights(pl_module)):.4f}; the full {self.sparsity:.4f} would have been reached after "
-                f"{self._schedule.end_step}. Resume the run to finish, or choose an earlier `end`."
-            )
+        super().on_train_end(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

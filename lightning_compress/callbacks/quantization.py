@@ -160,6 +160,11 @@ class QuantizationAwareTraining(Compressor):
         return self.complete
 
     @override
+    def shortfall(self, pl_module: pl.LightningModule) -> str:
+        """Return when rounding would have begun."""
+        return f"`QuantizationAwareTraining` left the model in float, as rounding was due after step {self._start_step}"
+
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         check_trainer(trainer, self)
         super().setup(trainer, pl_module, stage)
@@ -298,10 +303,6 @@ class QuantizationAwareTraining(Compressor):
         self._thaw()
         check_alike("scales and ranges", quantization.state_dict())
         if not quantization.is_quantizing:
-            rank_zero_warn(
-                f"The fit ended after {completed_steps(trainer)} optimizer steps, before quantization started at "
-                f"{self._start_step}: the model is in float. Choose an earlier `start`, or resume the run to finish."
-            )
             return
         unreached = quantization.unreached_layers()
         if unreached:

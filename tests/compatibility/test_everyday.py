@@ -21,7 +21,15 @@ from benchmarks.kill_and_resume import is_equal
 from lightning_compress import MagnitudePruning, QuantizationAwareTraining, strip
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import quantization_of
-from tests.compatibility.runs import LIGHTNING_NOISE, Run, assert_compressed, assert_ships, callbacks_of, fit
+from tests.compatibility.runs import (
+    LIGHTNING_NOISE,
+    Run,
+    assert_compressed,
+    assert_ships,
+    callbacks_of,
+    fit,
+    outputs_of,
+)
 from tests.compatibility.table import refused, works
 from tests.test_promises import Stateful
 from tests.training import all_callbacks, quiet_trainer
@@ -39,6 +47,8 @@ pytestmark = [
         "ignore:The .grad attribute of a Tensor that is not a leaf",
     ),
 ]
+
+LAST_GOOD = b"the last good file"
 
 CALLBACKS: dict[str, Callable[[], L.Callback]] = {
     "`WeightAveraging`": lambda: lightning_callbacks.WeightAveraging(),
@@ -297,6 +307,76 @@ def test_a_run_that_ends_by_the_clock(tmp_path: Path) -> None:
     module = LayersOnSelf()
     trainer.fit(module, loader(), loader(16, seed=1))
     assert_compressed(Run(module, trainer, tmp_path))
+
+
+def assert_last_good_file_stays(run: Run) -> None:
+    """What lay at the path is as it was, and the incomplete network lies beside it."""
+    target = run.folder / "model.incomplete.onnx"
+    assert (run.folder / "model.onnx").read_bytes() == LAST_GOOD
+    assert (run.folder / "report.json").read_bytes() == LAST_GOOD
+    assert run.export.result is not None
+    assert run.export.result.path == target
+    assert run.export.report is not None
+    assert "before the full compression was reached" in run.export.report.notes[0]
+    assert (run.folder / "report.incomplete.json").exists()
+    images = Images(16, seed=3).images
+    with torch.no_grad():
+        expected = copy.deepcopy(run.module).eval()(images)
+    torch.testing.assert_close(outputs_of(target, images), expected, atol=1e-4, rtol=1e-4)
+
+
+def put_last_good_files(folder: Path) -> None:
+    for name in ("model.onnx", "report.json"):
+        (folder / name).write_bytes(LAST_GOOD)
+
+
+@pytest.mark.filterwarnings("default:The fit ended after")
+@works(
+    "Lightning's callbacks",
+    "`EarlyStopping` that stops before the full compression",
+    "the last good file stays, the network goes to `NAME.incomplete.onnx`, one warning tells how to finish",
+)
+def test_a_run_that_is_stopped_before_its_full_compression(tmp_path: Path) -> None:
+    put_last_good_files(tmp_path)
+    stop = lightning_callbacks.EarlyStopping("val_loss", patience=1, min_delta=100.0)
+    keep = lightning_callbacks.ModelCheckpoint(tmp_path / "kept", "{step}")
+    with pytest.warns(UserWarning, match="The fit ended") as caught:
+        run = fit(tmp_path, last=(stop, keep), max_epochs=8, enable_checkpointing=True)
+    assert [str(warning.message) for warning in caught if "fit ended" in str(warning.message)] == [
+        "The fit ended after 16 optimizer steps, before the full compression was reached: `MagnitudePruning` was at a "
+        "sparsity of 0.7000, and the full 0.8000 was due after step 32; `QuantizationAwareTraining` left the model in "
+        f"float, as rounding was due after step 32. The incomplete network goes to {tmp_path / 'model.incomplete.onnx'}"
+        f"; {tmp_path / 'model.onnx'} is left as it is. Resume the run to finish, or choose earlier moments."
+    ]
+    assert_last_good_file_stays(run)
+    assert_compressed(fit(tmp_path, max_epochs=8, ckpt_path=tmp_path / "kept" / "step=16.ckpt"))
+
+
+@works("Lightning's callbacks", "`EarlyStopping` that stops after the full compression", "it waits anew from there on")
+def test_a_run_that_is_stopped_after_its_full_compression(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = LayersOnSelf()
+    stop = lightning_callbacks.EarlyStopping("val_loss", patience=2, min_delta=100.0)
+    trainer = quiet_trainer(tmp_path, [*in_steps(tmp_path), stop], max_epochs=8)
+    trainer.fit(module, loader(), loader(16, seed=1))
+    assert stop.stopped_epoch == 2
+    assert_compressed(Run(module, trainer, tmp_path))
+
+
+@pytest.mark.filterwarnings("default:The fit ended after")
+@works(
+    "Flags of the Trainer",
+    "`max_time` that ends a run before the shares it was given",
+    "as under `EarlyStopping`: the last good file stays",
+)
+def test_a_run_that_ends_by_the_clock_before_its_full_compression(tmp_path: Path) -> None:
+    put_last_good_files(tmp_path)
+    with pytest.warns(
+        UserWarning, match="before the full compression was reached: `MagnitudePruning` was at"
+    ) as caught:
+        run = fit(tmp_path, max_epochs=100_000, max_time={"seconds": 1})
+    assert sum("fit ended" in str(warning.message) for warning in caught) == 1
+    assert_last_good_file_stays(run)
 
 
 class Stream(IterableDataset[dict[str, Tensor]]):
