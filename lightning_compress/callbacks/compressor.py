@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_compress.callbacks.checkpoint import attach_state, attached_state
-from lightning_compress.callbacks.clock import completed_steps, set_accumulation
+from lightning_compress.callbacks.clock import Pace, completed_steps, set_accumulation
 from lightning_compress.callbacks.rankings import Rankings
 
 STATE_KEY = "completion"
@@ -28,6 +28,7 @@ class Compressor(pl.Callback):
     def __init__(self) -> None:
         super().__init__()
         self._rankings = Rankings()
+        self._pace = Pace()
 
     @property
     @abstractmethod
@@ -38,6 +39,11 @@ class Compressor(pl.Callback):
     @abstractmethod
     def has_begun(self) -> bool:
         """Whether a weight has been changed yet."""
+
+    @property
+    @abstractmethod
+    def moments(self) -> dict[str, float]:
+        """The moments of the run that it was given, by the names of its arguments."""
 
     @abstractmethod
     def shortfall(self, pl_module: pl.LightningModule) -> str:
@@ -53,6 +59,7 @@ class Compressor(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if completed_steps(trainer) == 0:
             self._rankings.load({})  # a new run
+        self._pace.begin(trainer)
 
     @override
     def on_train_batch_start(
@@ -64,6 +71,7 @@ class Compressor(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._pace.check(trainer, type(self).__name__, self.moments)
         self._rankings.after_batch(trainer, is_complete(trainer))
 
     @override

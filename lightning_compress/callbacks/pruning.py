@@ -132,6 +132,12 @@ class MagnitudePruning(Compressor):
         """Whether a weight has been pruned."""
         return bool(self._state.masks)
 
+    @property
+    @override
+    def moments(self) -> dict[str, float]:
+        """The moments that it was given."""
+        return {"start": self.start, "end": self.end}
+
     @override
     def shortfall(self, pl_module: pl.LightningModule) -> str:
         """Return the sparsity that was reached, and when the full one would have been."""

@@ -159,6 +159,12 @@ class QuantizationAwareTraining(Compressor):
         """Whether the model computes with the integers that ship: there is nothing between."""
         return self.complete
 
+    @property
+    @override
+    def moments(self) -> dict[str, float]:
+        """The moments that it was given."""
+        return {"start": self.start, "freeze": self.freeze}
+
     @override
     def shortfall(self, pl_module: pl.LightningModule) -> str:
         """Return when rounding would have begun."""

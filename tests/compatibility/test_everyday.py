@@ -448,6 +448,84 @@ def test_manual_optimization(tmp_path: Path) -> None:
     assert_compressed(fit(tmp_path, ManualOptimization()))
 
 
+class TwiceABatch(ManualOptimization):
+    """Two steps in every training batch."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
+        super().training_step(batch, batch_idx)
+        return super().training_step(batch, batch_idx)
+
+
+class EveryFourthBatch(ManualOptimization):
+    """Accumulates the gradients of four batches."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
+        optimizer: Any = self.optimizers()
+        self.manual_backward(self.loss(batch) / 4)
+        if batch_idx % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+        return None
+
+
+class SecondOptimizerRarely(Gan):
+    """Its first batch is like any other; from the second on one of two optimizers rests."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if batch_idx == 0:
+            return super().training_step(batch, batch_idx)
+        _, discriminator = self.optimizers()  # type: ignore[attr-defined]
+        discriminator.zero_grad()
+        self.manual_backward(self.loss(batch))
+        discriminator.step()
+        return None
+
+
+PACES: dict[str, tuple[type[LayersOnSelf], int, str]] = {
+    "two a batch": (TwiceABatch, 1, "After 1 of them the optimizers have made 2 steps instead of 1."),
+    "every fourth batch": (EveryFourthBatch, 1, "After 1 of them the optimizers have made 0 steps instead of 1."),
+    "one of two": (SecondOptimizerRarely, 2, "After 2 of them the optimizers have made 3 steps instead of 4."),
+}
+
+
+@pytest.mark.parametrize(("kind", "batches", "sentence"), PACES.values(), ids=PACES)
+@refused(
+    "Optimization",
+    "manual optimization with `max_steps` and shares of the run, where an optimizer does not step once a batch",
+    "after the first batch that shows it: give moments in training batches, or `max_epochs`",
+)
+def test_manual_steps_at_another_pace_are_refused(
+    kind: type[LayersOnSelf], batches: int, sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CompressionError) as caught:
+        fit(tmp_path, kind(), max_steps=16, max_epochs=-1)
+    assert str(caught.value) == (
+        "`MagnitudePruning` has shares of the run (end=0.5), whose length was taken from `max_steps=16` with one step "
+        f"of each optimizer in a training batch. {sentence} Pass the moments as ints (training batches), or end the "
+        "run by `max_epochs` instead of `max_steps`."
+    )
+
+
+LENGTHS: dict[str, dict[str, Any]] = {
+    "max_epochs": {"max_epochs": 2},
+    "max_epochs before max_steps": {"max_epochs": 2, "max_steps": 33},
+}
+
+
+@works("Optimization", "two steps a batch by hand, with `max_epochs`, or moments in training batches")
+@pytest.mark.parametrize("settings", LENGTHS.values(), ids=LENGTHS)
+def test_manual_steps_at_another_pace(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert_compressed(fit(tmp_path, TwiceABatch(), **settings))
+
+
+@works("Optimization", "two steps a batch by hand, with `max_epochs`, or moments in training batches")
+def test_manual_steps_at_another_pace_with_moments_in_batches(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, trainer = TwiceABatch(), quiet_trainer(tmp_path, in_steps(tmp_path), max_steps=16, max_epochs=-1)
+    trainer.fit(module, loader(), loader(16, seed=1))
+    assert_compressed(Run(module, trainer, tmp_path))
+
+
 @works("Modules", "a second fit by the same Trainer, by another, and of another module with the same callbacks")
 def test_callbacks_are_used_again(tmp_path: Path) -> None:
     torch.manual_seed(0)
