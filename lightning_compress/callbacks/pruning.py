@@ -29,6 +29,7 @@ from lightning_compress.pruning.weights import (
     sparsity_by_layer,
 )
 from lightning_compress.schedules import CubicSchedule, check_moment, check_order
+from lightning_compress.settings import plain
 
 STATE_KEY = "pruning"
 """Where the masks lie in a checkpoint: ``checkpoint["lightning_compress"]["pruning"]``."""
@@ -95,7 +96,8 @@ class MagnitudePruning(Compressor):
         update_every: int | None = None,
     ) -> None:
         super().__init__()
-        self.pattern = pattern
+        sparsity, start, end, update_every = plain((sparsity, start, end, update_every))
+        self.pattern = pattern = plain(pattern)
         self.sparsity = _checked_sparsity(sparsity, self.pattern)
         check_moment("start", start)
         check_moment("end", end)
@@ -109,7 +111,7 @@ class MagnitudePruning(Compressor):
         self.start = start
         self.end = end
         self.scope: Scope = scope
-        self.exclude = exclude
+        self.exclude = plain(exclude)
         self.update_every = update_every
         self._state = PruningState()
         self._random = RandomState()

@@ -26,7 +26,7 @@ from lightning_compress.quantization.scheme import Scheme
 from lightning_compress.quantization.state import check_finite_weights
 from lightning_compress.schedules import check_moment, check_order, resolve_step
 from lightning_compress.selection import weight_layers
-from lightning_compress.settings import check_same_settings, differences
+from lightning_compress.settings import check_same_settings, differences, plain
 
 STATE_KEY = "quantization"
 """Where the ranges lie in a checkpoint: ``checkpoint["lightning_compress"]["quantization"]``."""
@@ -114,6 +114,7 @@ class QuantizationAwareTraining(Compressor):
         self.scheme = Scheme(
             weight_bits, activation_bits, exclude, overrides or {}, edge_bits, symmetric, reduce_range, ranges
         )
+        start, freeze, observe_every = plain((start, freeze, observe_every))
         check_moment("start", start)
         check_moment("freeze", freeze)
         check_order("start", start, "freeze", freeze)
