@@ -1,11 +1,40 @@
-"""Settings that a checkpoint was written with, against those of the run that reads it."""
+"""Settings as plain types, and those that a checkpoint was written with against those of the run that reads it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from lightning_compress.errors import CompressionError
+
+T = TypeVar("T")
+
+
+def plain(setting: T) -> T:
+    """Return a setting with Python's own numbers in the place of numpy's.
+
+    They compute alike, but `torch.load` with ``weights_only=True`` reads no numpy scalars, and numpy's ints and floats
+    of other widths are no instances of ``int`` and ``float``.
+
+    Args:
+        setting: A setting; numbers are found inside lists, tuples and mappings too.
+
+    Example:
+        >>> plain(np.int64(4)), plain((np.int64(2), 4)), plain({"head": {"weight_bits": np.int8(4)}})
+        (4, (2, 4), {'head': {'weight_bits': 4}})
+    """
+    found: Any = setting
+    if isinstance(setting, np.generic):
+        found = setting.item()
+    elif isinstance(setting, Mapping):
+        found = {plain(name): plain(value) for name, value in setting.items()}
+    elif isinstance(setting, tuple):
+        found = tuple(plain(value) for value in setting)
+    elif isinstance(setting, list):
+        found = [plain(value) for value in setting]
+    return found  # type: ignore[no-any-return]
 
 
 def check_same_settings(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

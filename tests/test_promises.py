@@ -178,7 +178,7 @@ def test_every_checkpoint_carries_masks_and_ranges(
     phase: str, suffix: str, whole_run: tuple[Path, LayersOnSelf, L.Trainer]
 ) -> None:
     saved = torch.load(whole_run[0] / f"{PHASES[phase]}.{suffix}", weights_only=True)
-    assert set(saved["lightning_compress"]) == {"pruning", "quantization", "random"}
+    assert set(saved["lightning_compress"]) == {"completion", "pruning", "quantization", "random"}
     assert set(saved["lightning_compress"]["pruning"]["masks"]) == {"conv1", "conv2", "fc"}
     assert saved["lightning_compress"]["quantization"]["is_quantizing"] == (phase in ("quantized", "frozen"))
     assert saved["lightning_compress"]["quantization"]["ranges"]["maximum"].isfinite().all()

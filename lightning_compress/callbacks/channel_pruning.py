@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_compress.callbacks.averages import averaged_modules
 from lightning_compress.callbacks.checkpoint import attach_state, attached_state
 from lightning_compress.callbacks.clock import Rise, completed_steps, resolve_rise, total_steps
+from lightning_compress.callbacks.compressor import Compressor
 from lightning_compress.callbacks.forward_tap import ForwardTap
 from lightning_compress.callbacks.progress import ProgressLine
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
@@ -33,6 +34,7 @@ from lightning_compress.pruning.channels.state import ChannelState
 from lightning_compress.report import model_statistics
 from lightning_compress.schedules import CubicSchedule, check_moment, check_order, resolve_step
 from lightning_compress.selection import match_names
+from lightning_compress.settings import plain
 
 STATE_KEY = "channels"
 """Where the channels lie in a checkpoint: ``checkpoint["lightning_compress"]["channels"]``."""
@@ -41,7 +43,7 @@ MAX_DEFAULT_UPDATES = 32
 """How often channels are chosen over the whole rise where ``update_every`` is not given."""
 
 
-class ChannelPruning(pl.Callback):
+class ChannelPruning(Compressor):
     """Prune whole channels gradually, until a share of the multiply-accumulates remains.
 
     After the first training batch one run of the network tells which channels can only go together: over residual
@@ -113,6 +115,8 @@ class ChannelPruning(pl.Callback):
         update_every: int | None = None,
     ) -> None:
         super().__init__()
+        macs, start, end, round_to = plain((macs, start, end, round_to))
+        parameters, floor, budget, update_every = plain((parameters, floor, budget, update_every))
         if macs is not None and parameters is not None:
             raise ValueError(f"Give `macs` or `parameters`, got macs={macs} and parameters={parameters}.")
         self.macs = 0.5 if macs is None and parameters is None else macs
@@ -139,7 +143,7 @@ class ChannelPruning(pl.Callback):
         self.importance: Importance = importance
         self.round_to = round_to
         self.scope: Scope = scope
-        self.exclude = exclude
+        self.exclude = plain(exclude)
         self.floor = floor
         self.budget = dict(budget or {})
         self.module = module
@@ -155,14 +159,30 @@ class ChannelPruning(pl.Callback):
         self._remaining = 1.0
 
     @property
+    @override
     def complete(self) -> bool:
         """Whether the target is reached."""
         return self._state.complete
 
     @property
+    @override
     def has_begun(self) -> bool:
         """Whether a channel is masked."""
         return self._state.has_removed
+
+    @property
+    @override
+    def moments(self) -> dict[str, float]:
+        """The moments that it was given."""
+        return {"start": self.start, "end": self.end}
+
+    @override
+    def shortfall(self, pl_module: pl.LightningModule) -> str:
+        """Return the share of the cost that is left, and when the target would have been reached."""
+        return (
+            f"`ChannelPruning` had {self._remaining:.3f} of the {self._what} left, and "
+            f"{1.0 - self._schedule.final:.3f} was due after step {self._rise.end_step}"
+        )
 
     @property
     def remaining(self) -> float:
@@ -185,6 +205,7 @@ class ChannelPruning(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         check_trainer(trainer, self)
+        super().setup(trainer, pl_module, stage)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if sum(isinstance(callback, ChannelPruning) for callback in callbacks) > 1:
             raise ValueError("The Trainer has more than one `ChannelPruning` callback. Keep one of them.")
@@ -205,6 +226,7 @@ class ChannelPruning(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._random.begin(trainer)
         self._rise = resolve_rise(trainer, self.start, self.end, self.update_every, MAX_DEFAULT_UPDATES)
         target = self.macs if self.macs is not None else self.parameters
@@ -234,6 +256,7 @@ class ChannelPruning(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._tap is not None:
             self._tap.start()
 
@@ -255,9 +278,12 @@ class ChannelPruning(pl.Callback):
         if self._tap is not None:
             self._find_groups(pl_module)
         step = completed_steps(trainer)
-        if step == self._last_step:
-            return  # gradient accumulation: no optimizer step was taken
-        self._last_step = step
+        if step != self._last_step:  # else gradients are accumulated: no optimizer step was taken
+            self._last_step = step
+            self._after_step(trainer, pl_module, step)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         if step < self._rise.begin_step or not self._state.groups:
             return
         self._apply(trainer, pl_module)
@@ -275,12 +301,7 @@ class ChannelPruning(pl.Callback):
         # `WeightAveraging` has just put the average in the weights' place, if it comes before this callback.
         self._state.apply_(pl_module)
         check_alike("masked channels", self._state.kept)
-        if not self.complete:
-            rank_zero_warn(
-                f"The fit ended after {completed_steps(trainer)} optimizer steps with {self._remaining:.3f} of the "
-                f"{self._what} left; the target would have been reached after {self._rise.end_step}. Resume the run to "
-                "finish, or choose an earlier `end`."
-            )
+        super().on_train_end(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

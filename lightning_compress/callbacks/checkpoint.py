@@ -24,8 +24,10 @@ def attach_state(pl_module: pl.LightningModule, key: str, save: Save, load: Load
     """Make a state travel in every checkpoint of ``pl_module``, in ``checkpoint["lightning_compress"][key]``.
 
     The instance's ``on_save_checkpoint`` and ``on_load_checkpoint`` are wrapped, once for all states; the user's own
-    hooks are called first. A checkpoint without the key loads as ever, and a state attached again under its key
-    replaces the one before.
+    hooks are called first, and a state attached again under its key replaces the one before.
+
+    A checkpoint without the key was written by a run that had no such state: ``load({})`` is called then, and must
+    leave what a fresh module has. A module that was trained before would go on with the masks of that run else.
 
     A deep copy or a pickle of the module carries a copy of the object whose methods ``save`` and ``load`` are, so
     that object should be a plain holder of the state rather than a callback, and neither may be a lambda or closure.
@@ -34,19 +36,23 @@ def attach_state(pl_module: pl.LightningModule, key: str, save: Save, load: Load
         pl_module: The user's module.
         key: Name of the state, such as ``"pruning"``.
         save: Returns the state as a dict of tensors and plain Python types; a bound method.
-        load: Takes over what ``save`` returned; a bound method of the same object.
+        load: Takes over what ``save`` returned, and begins anew where that is an empty dict; a bound method of the
+            same object.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> class Counter:
         ...     count = 3
         ...     def save(self): return {"count": self.count}
-        ...     def load(self, saved): self.count = saved["count"]
+        ...     def load(self, saved): self.count = saved.get("count", 0)
         >>> model, counter, checkpoint = BoringModel(), Counter(), {}
         >>> attach_state(model, "counter", counter.save, counter.load)
         >>> model.on_save_checkpoint(checkpoint)
         >>> checkpoint
         {'lightning_compress': {'counter': {'count': 3}}}
+        >>> model.on_load_checkpoint({"state_dict": {}})
+        >>> counter.count
+        0
     """
     carrier = _carrier(pl_module)
     if carrier is None:
@@ -134,15 +140,14 @@ class StateCarrier:
             section[key] = save()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Call the user's hook, then hand each state what ``checkpoint`` holds for it."""
+        """Call the user's hook, then hand each state what ``checkpoint`` holds for it: nothing, where it has no key."""
         if self.own_load is not None:
             self.own_load(checkpoint)
         else:
             type(self.pl_module).on_load_checkpoint(self.pl_module, checkpoint)
         section = checkpoint.get(COMPRESSION_KEY, {})
         for key, (_, load) in self.states.items():
-            if key in section:
-                load(section[key])
+            load(section.get(key, {}))
 
 
 def _carrier(pl_module: pl.LightningModule) -> StateCarrier | None:

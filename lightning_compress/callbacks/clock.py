@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_compress.callbacks.averages import statistics_epochs
+from lightning_compress.errors import CompressionError
 from lightning_compress.schedules import resolve_step
 
 
@@ -74,6 +77,56 @@ def total_steps(trainer: pl.Trainer) -> int | None:
     return min(int(trainer.num_training_batches) * max(trainer.max_epochs, 1), step_limit)
 
 
+PACE_BATCHES = 16
+"""Training batches after the start of a fit within which `Pace` is checked."""
+
+
+class Pace:
+    """Whether a run under manual optimization takes the steps that `total_steps` made of its ``max_steps``."""
+
+    def __init__(self) -> None:
+        self._first_batch = self._first_step = 0
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Begin to count, in ``on_train_start``."""
+        self._first_batch, self._first_step = completed_steps(trainer), trainer.global_step
+
+    def check(self, trainer: pl.Trainer, owner: str, moments: Mapping[str, float]) -> None:
+        """Check the steps that were taken so far; later than the first batches, nothing is checked.
+
+        Args:
+            trainer: A Trainer in ``on_train_batch_end``.
+            owner: Whose moments they are, for the message.
+            moments: Shares of the run (float) or training batches (int), by the names of their arguments.
+
+        Raises:
+            CompressionError: If there is a share, ``max_steps`` ends the run, and an optimizer did not step once a
+                batch.
+        """
+        batches, steps = completed_steps(trainer) - self._first_batch, trainer.global_step - self._first_step
+        shares = [f"{name}={moment}" for name, moment in moments.items() if isinstance(moment, float) and moment]
+        if trainer.lightning_module.automatic_optimization or not shares or not 0 < batches <= PACE_BATCHES:
+            return
+        expected = batches * max(1, len(trainer.optimizers))
+        if steps != expected and _is_ended_by_steps(trainer, {steps / batches, expected / batches}):
+            raise CompressionError(
+                f"`{owner}` has shares of the run ({', '.join(shares)}), whose length was taken from "
+                f"`max_steps={trainer.max_steps}` with one step of each optimizer in a training batch. After "
+                f"{batches} of them the optimizers have made {steps} steps instead of {expected}. Pass the moments as "
+                "ints (training batches), or end the run by `max_epochs` instead of `max_steps`."
+            )
+
+
+def _is_ended_by_steps(trainer: pl.Trainer, steps_per_batch: Collection[float]) -> bool:
+    """Tell whether ``max_steps`` come before the last epoch's end at one of these paces."""
+    if trainer.max_steps == -1:
+        return False
+    if trainer.max_epochs is None or trainer.max_epochs == -1:
+        return True
+    n_batches = trainer.num_training_batches * max(trainer.max_epochs, 1)
+    return any(trainer.max_steps < pace * n_batches for pace in steps_per_batch)
+
+
 @dataclass(frozen=True)
 class Rise:
     """The steps over which a compression rises, and those at which it takes its next step.
@@ -122,11 +175,41 @@ def resolve_rise(trainer: pl.Trainer, start: float, end: float, update_every: in
 
 
 def _estimated_steps(trainer: pl.Trainer) -> float:
-    extra, max_epochs = statistics_epochs(trainer), trainer.fit_loop.max_epochs
-    if not extra or max_epochs is None:
+    max_epochs = trainer.fit_loop.max_epochs
+    if max_epochs is None or max_epochs == -1:
         return trainer.estimated_stepping_batches
-    trainer.fit_loop.max_epochs = max_epochs - extra
+    trainer.fit_loop.max_epochs = n_epochs = max_epochs - statistics_epochs(trainer)
     try:
-        return trainer.estimated_stepping_batches
+        estimated = trainer.estimated_stepping_batches
     finally:
         trainer.fit_loop.max_epochs = max_epochs
+    scheduler = _accumulation_scheduler(trainer)
+    if scheduler is None or math.isinf(trainer.num_training_batches):
+        return estimated
+    # Lightning's estimate takes the accumulation in force now for that of every epoch.
+    factors = (scheduler.get_accumulate_grad_batches(epoch) for epoch in range(max(n_epochs, 1)))
+    n_steps = sum(math.ceil(trainer.num_training_batches / factor) for factor in factors)
+    return n_steps if trainer.max_steps == -1 else min(n_steps, trainer.max_steps)
+
+
+def set_accumulation(trainer: pl.Trainer) -> None:
+    """Accumulate as a `GradientAccumulationScheduler` says for this epoch; call it before each training batch.
+
+    Lightning sets it when an epoch begins, and forgets it where a run is resumed inside one.
+
+    Example:
+        >>> scheduler = GradientAccumulationScheduler({0: 4})
+        >>> trainer = pl.Trainer(callbacks=[scheduler], logger=False, enable_checkpointing=False, accelerator="cpu")
+        >>> set_accumulation(trainer)
+        >>> trainer.accumulate_grad_batches
+        4
+    """
+    scheduler = _accumulation_scheduler(trainer)
+    if scheduler is not None:
+        trainer.accumulate_grad_batches = scheduler.get_accumulate_grad_batches(trainer.current_epoch)
+
+
+def _accumulation_scheduler(trainer: pl.Trainer) -> GradientAccumulationScheduler | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    found = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    return found[-1] if found else None  # of several the last one sets the accumulation

@@ -26,6 +26,7 @@ from lightning_compress.distillation import (
     select_logits,
 )
 from lightning_compress.errors import CompressionError
+from lightning_compress.settings import plain
 
 
 class KnowledgeDistillation(Callback):
@@ -77,7 +78,7 @@ class KnowledgeDistillation(Callback):
         if teacher_checkpoint is not None:
             load_weights(teacher, teacher_checkpoint)
         self._teacher = FrozenTeacher(teacher)
-        self._loss = LogitDistillation(temperature, weight)
+        self._loss = LogitDistillation(*plain((temperature, weight)))
         self._output = output
         self._module = module
         self._tap: ForwardTap | None = None

@@ -19,13 +19,8 @@ from typing_extensions import override
 from lightning_compress.callbacks.channel_pruning import STATE_KEY as CHANNELS_KEY
 from lightning_compress.callbacks.checkpoint import attached_state
 from lightning_compress.callbacks.clock import completed_steps
-from lightning_compress.callbacks.complete_weights import (
-    best_complete_checkpoint,
-    forget_incomplete_checkpoints,
-    has_begun,
-    is_complete,
-    save_weights,
-)
+from lightning_compress.callbacks.complete_weights import best_complete_checkpoint, save_weights
+from lightning_compress.callbacks.compressor import Exporter, ended_early, has_begun, is_complete
 from lightning_compress.callbacks.file_metric import FileForward, quiet_lightning
 from lightning_compress.callbacks.forward_tap import ForwardTap
 from lightning_compress.callbacks.progress import ProgressLine
@@ -59,7 +54,7 @@ VERIFY_SAMPLES = 256
 """Validation samples that the file is compared on, at most."""
 
 
-class OnnxExport(pl.Callback):
+class OnnxExport(Exporter):
     """Write the trained network to an ONNX file when the fit ends, prove it in ONNX Runtime, measure it, report it.
 
     The file is written from a deep copy, on rank 0; the live module still trains, tests and saves. A quantized
@@ -67,6 +62,9 @@ class OnnxExport(pl.Callback):
     compared with the network on real validation batches, and read back from ONNX Runtime's own optimized graph to
     tell what runs in integers. A failure of any of this is an error at the end of the fit; the file stays, and the
     trained weights are saved next to it as ``<name>.onnx.ckpt`` first.
+
+    Where the fit ends before the full compression, as by `EarlyStopping` or ``max_time``, the file at ``path`` is left
+    as it is: the network is written next to it, to ``<stem>.incomplete.onnx``, and a warning tells what is missing.
 
     A table is printed; ``report.json`` and, with the `plots` extra, ``report.png`` lie next to the file.
 
@@ -105,6 +103,7 @@ class OnnxExport(pl.Callback):
         if weights not in ("last", "best"):
             raise ValueError(f'`weights` must be "last" or "best", got {weights!r}.')
         self.path = Path(path)
+        self._target = self.path
         self.weights = weights
         self.metric = metric
         self.module = module
@@ -118,10 +117,10 @@ class OnnxExport(pl.Callback):
         self._are_calls_validated = False
         self._has_stepped = False
         self._metric_before: float | None = None
-        self._was_complete = False
         self._last_step = -1
         self._unread: list[tuple[int, dict[str, Any]]] = []
         self._random = RandomState()
+        self._notes: list[str] = []
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -146,7 +145,7 @@ class OnnxExport(pl.Callback):
         self._random.begin(trainer)
         if completed_steps(trainer) == 0:  # a new run
             self.history = History()
-            self._metric_before, self._was_complete, self._last_step, self._unread = None, False, -1, []
+            self._metric_before, self._last_step, self._unread = None, -1, []
 
     @override
     def on_train_batch_start(
@@ -177,10 +176,6 @@ class OnnxExport(pl.Callback):
         self._unread.append((step, values))
         if len(self._unread) >= READ_EVERY:
             self._read()
-        if not self._was_complete and is_complete(trainer):
-            self._was_complete = True
-            if self.weights == "best":
-                forget_incomplete_checkpoints(trainer)
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -243,26 +238,28 @@ class OnnxExport(pl.Callback):
         if _writes_nothing(trainer):
             rank_zero_info(f"`OnnxExport` writes nothing in a `fast_dev_run`: {self.path} is left as it is.")
             return
+        self._target, self._notes = self.path, []
+        if not is_complete(trainer):
+            self._target, self._notes = _marked_incomplete(self.path), [ended_early(trainer)]
+            rank_zero_warn(
+                f"{self._notes[0]} The incomplete network goes to {self._target}; {self.path} is left as it is. Resume "
+                "the run to finish, or choose earlier moments."
+            )
         try:
             self._export(trainer, pl_module)
         except BaseException:
-            _keep_weights(trainer, pl_module, self.path.with_name(f"{self.path.name}.ckpt"))
+            _keep_weights(trainer, pl_module, self._target.with_name(f"{self._target.name}.ckpt"))
             raise
 
     @override
     def state_dict(self) -> dict[str, Any]:
         self._read()
-        return {
-            "history": self.history.state_dict(),
-            "metric_before": self._metric_before,
-            "was_complete": self._was_complete,
-        }
+        return {"history": self.history.state_dict(), "metric_before": self._metric_before}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history.load_state_dict(state_dict["history"])
         self._metric_before = state_dict["metric_before"]
-        self._was_complete = state_dict["was_complete"]
 
     def _read(self) -> None:
         for step, values in self._unread:
@@ -308,14 +305,16 @@ class OnnxExport(pl.Callback):
             calls = _at_most(self._calls, VERIFY_SAMPLES)
             network = self._shrunk(chosen, calls, progress)
             try:
-                self.result = export_onnx(network, calls[0], self.path, verify_inputs=calls, progress=progress.tell)
+                self.result = export_onnx(network, calls[0], self._target, verify_inputs=calls, progress=progress.tell)
             except UnexportableError as error:
                 raise error.within(self._called) from error
             self.report = self._measured(trainer, chosen, network, progress)
             progress.tell("writing the report")
-            folder = self.path.parent
-            self.report.write_json(folder / "report.json")
-            self._plot(folder / "report.png")
+            json_path, picture_path = (self.path.with_name(f"report.{kind}") for kind in ("json", "png"))
+            if not is_complete(trainer):
+                json_path, picture_path = _marked_incomplete(json_path), _marked_incomplete(picture_path)
+            self.report.write_json(json_path)
+            self._plot(picture_path)
         print(f"\n{self.report.to_text()}")
 
     def _shrunk(self, chosen: pl.LightningModule, calls: Sequence[CallArguments], progress: ProgressLine) -> nn.Module:
@@ -354,20 +353,20 @@ class OnnxExport(pl.Callback):
         bits = {_relative(name, quantization, network): bits for name, bits in _layer_bits(network).items()}
         progress.tell("counting")
         with tempfile.TemporaryDirectory() as folder:
-            float_path = self.path
+            float_path = self._target
             if is_integer or whole is not network:
                 progress.tell("writing the fp32 file to compare with")
                 float_path = Path(folder) / "fp32.onnx"
                 write_onnx(strip(copy_of(whole)), example, float_path)
             latency = None
             if self.latency:
-                files = (
-                    {"fp32": float_path} if float_path == self.path else {"fp32": float_path, "this file": self.path}
-                )
-                feeds = _single_sample(self.path, self.result, tensors_of(example.args, example.kwargs))
+                files = {"fp32": float_path}
+                if float_path != self._target:
+                    files["this file"] = self._target
+                feeds = _single_sample(self._target, self.result, tensors_of(example.args, example.kwargs))
                 batch_sizes = (1, 8) if self.result.has_dynamic_batch else (_batch_size(example),)
                 latency = compare_latency(files, feeds, batch_sizes=batch_sizes, progress=progress.tell)
-            sizes = file_sizes(self.path, float_path)
+            sizes = file_sizes(self._target, float_path)
         metrics: tuple[Metric, ...] = ()
         if self.metric is not None:
             progress.tell(f"measuring {self.metric} of the file")
@@ -376,7 +375,7 @@ class OnnxExport(pl.Callback):
         statistics = model_statistics(
             strip(copy_of(network)), example.args, example.kwargs, bits=bits if is_integer else None
         )
-        notes = [storage_note(self.result.packed)]
+        notes = [*self._notes, storage_note(self.result.packed)]
         if whole is not network:
             before = model_statistics(strip(copy_of(whole)), example.args, example.kwargs)
             notes.append(
@@ -408,7 +407,7 @@ class OnnxExport(pl.Callback):
         assert self.result is not None
         assert self.metric is not None
         module = copy_of(chosen)
-        vars(module.get_submodule(self._called))["forward"] = FileForward(self.path, self.result)
+        vars(module.get_submodule(self._called))["forward"] = FileForward(self._target, self.result)
         with quiet_lightning():
             found = _own_trainer(trainer).validate(module, dataloaders=trainer.val_dataloaders, verbose=False)
         return next((float(row[self.metric]) for row in found if self.metric in row), None)
@@ -417,6 +416,8 @@ class OnnxExport(pl.Callback):
         if self.weights == "last":
             return pl_module
         found = best_complete_checkpoint(trainer)
+        if found is None and not is_complete(trainer):
+            return pl_module  # as a warning has told
         if found is None:
             rank_zero_warn(
                 "No checkpoint of the Trainer's `ModelCheckpoint` had reached the full compression, so the last "
@@ -502,6 +503,10 @@ def check_writable(path: Path) -> None:
         raise ValueError(
             f"`OnnxExport` cannot write {path}: {error.strerror or error}. Choose a path in a folder you may write to."
         ) from error
+
+
+def _marked_incomplete(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.incomplete{path.suffix}")
 
 
 def _writes_nothing(trainer: pl.Trainer) -> bool:

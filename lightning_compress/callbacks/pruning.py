@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -14,6 +13,7 @@ from typing_extensions import override
 from lightning_compress.callbacks.averages import averaged_modules
 from lightning_compress.callbacks.checkpoint import attach_state, attached_state
 from lightning_compress.callbacks.clock import Rise, completed_steps, resolve_rise
+from lightning_compress.callbacks.compressor import Compressor
 from lightning_compress.callbacks.random_state import RandomState, attach_random_state
 from lightning_compress.callbacks.trainers import check_trainer, has_late_layers
 from lightning_compress.errors import CompressionError
@@ -29,6 +29,7 @@ from lightning_compress.pruning.weights import (
     sparsity_by_layer,
 )
 from lightning_compress.schedules import CubicSchedule, check_moment, check_order
+from lightning_compress.settings import plain
 
 STATE_KEY = "pruning"
 """Where the masks lie in a checkpoint: ``checkpoint["lightning_compress"]["pruning"]``."""
@@ -37,7 +38,7 @@ MAX_DEFAULT_UPDATES = 100
 """How often the masks are made anew over the whole rise where ``update_every`` is not given."""
 
 
-class MagnitudePruning(pl.Callback):
+class MagnitudePruning(Compressor):
     """Prune the smallest weights, a few at a time, on a cubic schedule (Zhu & Gupta 2017, arXiv:1710.01878).
 
     Between ``start`` and ``end`` the masks are made anew every ``update_every`` steps; after every optimizer step
@@ -95,7 +96,8 @@ class MagnitudePruning(pl.Callback):
         update_every: int | None = None,
     ) -> None:
         super().__init__()
-        self.pattern = pattern
+        sparsity, start, end, update_every = plain((sparsity, start, end, update_every))
+        self.pattern = pattern = plain(pattern)
         self.sparsity = _checked_sparsity(sparsity, self.pattern)
         check_moment("start", start)
         check_moment("end", end)
@@ -109,7 +111,7 @@ class MagnitudePruning(pl.Callback):
         self.start = start
         self.end = end
         self.scope: Scope = scope
-        self.exclude = exclude
+        self.exclude = plain(exclude)
         self.update_every = update_every
         self._state = PruningState()
         self._random = RandomState()
@@ -121,14 +123,30 @@ class MagnitudePruning(pl.Callback):
         self._logged: float | None = None
 
     @property
+    @override
     def complete(self) -> bool:
         """Whether the masks in force are those of the full target."""
         return self._state.complete
 
     @property
+    @override
     def has_begun(self) -> bool:
         """Whether a weight has been pruned."""
         return bool(self._state.masks)
+
+    @property
+    @override
+    def moments(self) -> dict[str, float]:
+        """The moments that it was given."""
+        return {"start": self.start, "end": self.end}
+
+    @override
+    def shortfall(self, pl_module: pl.LightningModule) -> str:
+        """Return the sparsity that was reached, and when the full one would have been."""
+        return (
+            f"`MagnitudePruning` was at a sparsity of {sparsity(self._weights(pl_module)):.4f}, and the full "
+            f"{self.sparsity:.4f} was due after step {self._schedule.end_step}"
+        )
 
     def counted_sparsity(self, pl_module: nn.Module) -> float:
         """Return the fraction of zeros among the selected weights of ``pl_module``, counted from the tensors."""
@@ -141,6 +159,7 @@ class MagnitudePruning(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         check_trainer(trainer, self)
+        super().setup(trainer, pl_module, stage)
         if sum(isinstance(callback, MagnitudePruning) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise ValueError("The Trainer has more than one `MagnitudePruning` callback. Keep one of them.")
         # The masks belong to the module: a second fit finds them, a deep copy of the module has its own.
@@ -160,6 +179,7 @@ class MagnitudePruning(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._random.begin(trainer)
         self._rise = resolve_rise(trainer, self.start, self.end, self.update_every, MAX_DEFAULT_UPDATES)
         self._schedule = CubicSchedule(self.sparsity, self._rise.begin_step, self._rise.end_step)
@@ -183,9 +203,12 @@ class MagnitudePruning(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = completed_steps(trainer)
-        if step == self._last_step:
-            return  # gradient accumulation: no optimizer step was taken
-        self._last_step = step
+        if step != self._last_step:  # else gradients are accumulated: no optimizer step was taken
+            self._last_step = step
+            self._after_step(trainer, pl_module, step)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         if step < self._schedule.begin_step:
             return
         # Momentum can move a pruned weight off zero, so the masks are applied after every step.
@@ -203,12 +226,7 @@ class MagnitudePruning(pl.Callback):
         # `WeightAveraging` has just put the average in the weights' place, if it comes before this callback.
         self._state.apply_(self._weights(pl_module))
         check_alike("pruning masks", self._state.masks)
-        if not self.complete:
-            rank_zero_warn(
-                f"The fit ended after {completed_steps(trainer)} optimizer steps at a sparsity of "
-                f"{sparsity(self._weights(pl_module)):.4f}; the full {self.sparsity:.4f} would have been reached after "
-                f"{self._schedule.end_step}. Resume the run to finish, or choose an earlier `end`."
-            )
+        super().on_train_end(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

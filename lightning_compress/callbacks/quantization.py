@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_compress.callbacks.averages import is_renewing_statistics
 from lightning_compress.callbacks.checkpoint import attach_state, attached_state
 from lightning_compress.callbacks.clock import completed_steps, total_steps
+from lightning_compress.callbacks.compressor import Compressor
 from lightning_compress.callbacks.random_state import RandomState, attach_random_state
 from lightning_compress.callbacks.trainers import brings_back_weights_alone, check_trainer, has_late_layers
 from lightning_compress.errors import CompressionError
@@ -25,7 +26,7 @@ from lightning_compress.quantization.scheme import Scheme
 from lightning_compress.quantization.state import check_finite_weights
 from lightning_compress.schedules import check_moment, check_order, resolve_step
 from lightning_compress.selection import weight_layers
-from lightning_compress.settings import check_same_settings, differences
+from lightning_compress.settings import check_same_settings, differences, plain
 
 STATE_KEY = "quantization"
 """Where the ranges lie in a checkpoint: ``checkpoint["lightning_compress"]["quantization"]``."""
@@ -40,7 +41,7 @@ SETTLING_STEPS = 32
 """Steps from ``start`` on in which ranges are observed at every step; later at every ``observe_every``-th."""
 
 
-class QuantizationAwareTraining(pl.Callback):
+class QuantizationAwareTraining(Compressor):
     """Train with weights and activations rounded to the integers that ship (Jacob et al. 2018, arXiv:1712.05877).
 
     Until ``start`` the model trains in plain float; shortly before, activation ranges begin to be observed. From
@@ -113,6 +114,7 @@ class QuantizationAwareTraining(pl.Callback):
         self.scheme = Scheme(
             weight_bits, activation_bits, exclude, overrides or {}, edge_bits, symmetric, reduce_range, ranges
         )
+        start, freeze, observe_every = plain((start, freeze, observe_every))
         check_moment("start", start)
         check_moment("freeze", freeze)
         check_order("start", start, "freeze", freeze)
@@ -147,13 +149,32 @@ class QuantizationAwareTraining(pl.Callback):
         return placement_report(self.quantization.model)
 
     @property
+    @override
     def complete(self) -> bool:
         """Whether the model computes with the integers that ship."""
         return self._slot.quantization is not None and self._slot.quantization.is_quantizing
 
+    @property
+    @override
+    def has_begun(self) -> bool:
+        """Whether the model computes with the integers that ship: there is nothing between."""
+        return self.complete
+
+    @property
+    @override
+    def moments(self) -> dict[str, float]:
+        """The moments that it was given."""
+        return {"start": self.start, "freeze": self.freeze}
+
+    @override
+    def shortfall(self, pl_module: pl.LightningModule) -> str:
+        """Return when rounding would have begun."""
+        return f"`QuantizationAwareTraining` left the model in float, as rounding was due after step {self._start_step}"
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         check_trainer(trainer, self)
+        super().setup(trainer, pl_module, stage)
         if sum(isinstance(callback, QuantizationAwareTraining) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise ValueError("The Trainer has more than one `QuantizationAwareTraining` callback. Keep one of them.")
         # The ranges belong to the module: a second fit finds them, a deep copy of the module has its own.
@@ -179,6 +200,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
         self._prepare(pl_module)
 
     @override
@@ -191,6 +213,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._random.begin(trainer)
         run_steps = total_steps(trainer)
         self._start_step = resolve_step("start", self.start, run_steps)
@@ -218,6 +241,7 @@ class QuantizationAwareTraining(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         step, quantization = completed_steps(trainer), self.quantization
         if is_renewing_statistics(trainer):
             self._thaw()
@@ -243,6 +267,10 @@ class QuantizationAwareTraining(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._after_batch(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         quantization = self.quantization
         was_observing, quantization.is_observing = quantization.is_observing, False
         if is_renewing_statistics(trainer) and was_observing:
@@ -274,6 +302,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
         self._random.is_training = False
         quantization = self.quantization
         quantization.is_observing = False
@@ -281,10 +310,6 @@ class QuantizationAwareTraining(pl.Callback):
         self._thaw()
         check_alike("scales and ranges", quantization.state_dict())
         if not quantization.is_quantizing:
-            rank_zero_warn(
-                f"The fit ended after {completed_steps(trainer)} optimizer steps, before quantization started at "
-                f"{self._start_step}: the model is in float. Choose an earlier `start`, or resume the run to finish."
-            )
             return
         unreached = quantization.unreached_layers()
         if unreached:
@@ -407,8 +432,11 @@ class QuantizationSlot:
         return {"module": self.module, **self.quantization.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over a state that was read."""
+        """Take over a state that was read; an empty one leaves a network in float that has seen nothing."""
         if not state:
+            self._waiting = None
+            if self.quantization is not None:
+                self.quantization.begin_anew()
             return
         check_same_settings({"module": state["module"]}, {"module": self.module})
         if self.quantization is None:

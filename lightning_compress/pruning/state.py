@@ -173,11 +173,14 @@ class PruningState:
         }
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Take over what :meth:`save` returned; the masks come back on the CPU.
+        """Take over what :meth:`save` returned; the masks come back on the CPU. An empty dict clears them.
 
         Raises:
             CompressionError: If it was saved under other settings.
         """
+        if not saved:
+            self.clear()
+            return
         check_same_settings(saved["settings"], self.settings)
         self.settings = saved["settings"]
         self.masks = {name: unpack_mask(bits, saved["shapes"][name]) for name, bits in saved["masks"].items()}

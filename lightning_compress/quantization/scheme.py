@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_compress.quantization.estimators import RANGE_METHODS, RangeMethod
 from lightning_compress.selection import match_names
+from lightning_compress.settings import plain
 
 MIN_MAX_BITS = 7
 """Bits from which on the extremes of the values are the range: at 8 that costs no accuracy, and learning costs time.
@@ -69,6 +70,8 @@ class Scheme:
     ranges: RangeMethod | None = None
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, plain(value))
         check_bits("weight_bits", self.weight_bits)
         check_bits("activation_bits", self.activation_bits)
         check_bits("edge_bits", self.edge_bits)

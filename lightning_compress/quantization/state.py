@@ -201,6 +201,14 @@ class Quantization:
         for quantizer in self.weights.values():
             quantizer.step = None
 
+    def begin_anew(self) -> None:
+        """Compute in float, and forget all that was observed, learned and taken in since the model was prepared."""
+        self.is_quantizing = self.is_observing = False
+        self.reset()
+        self.shapeless = set()
+        self._calls, self._noted = [], []
+        self._rewrite()
+
     @property
     def layer_bits(self) -> dict[str, int]:
         """Bits of the weights of every quantized layer, by name."""

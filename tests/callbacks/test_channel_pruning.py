@@ -362,9 +362,11 @@ def test_two_of_them_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_that_ends_too_early_says_so(tmp_path: Path) -> None:
-    with pytest.warns(
-        UserWarning, match=r"ended after 16 optimizer steps with 0\.574 of the multiply-accumulates left"
-    ):
+    message = (
+        r"`ChannelPruning` had 0\.574 of the multiply-accumulates left, and 0\.500 was due after step 100\. "
+        "Resume the run to finish, or choose earlier moments"
+    )
+    with pytest.warns(UserWarning, match=message):
         fit(LayersOnSelf(16), tmp_path, ChannelPruning(end=100))
 
 

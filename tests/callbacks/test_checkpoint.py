@@ -35,7 +35,7 @@ class Holder:
         return {"values": self.values}
 
     def load(self, saved: dict[str, Any]) -> None:
-        self.values = saved["values"]
+        self.values = saved.get("values", torch.empty(0))
 
 
 class OwnHooks(BoringModel):
@@ -87,11 +87,19 @@ def test_a_loaded_checkpoint_reaches_the_state() -> None:
 
 
 @pytest.mark.parametrize("checkpoint", [{}, {COMPRESSION_KEY: {}}, {COMPRESSION_KEY: {"other": {"values": 1}}}])
-def test_a_checkpoint_without_our_state_leaves_it_as_it_is(checkpoint: dict[str, Any]) -> None:
+def test_a_checkpoint_without_our_state_lets_it_begin_anew(checkpoint: dict[str, Any]) -> None:
     model = BoringModel()
     holder = attached(model, "pruning", 3.0)
     model.on_load_checkpoint(checkpoint)
-    assert holder.values.tolist() == [3.0]
+    assert holder.values.tolist() == []
+
+
+def test_of_two_states_the_one_that_the_checkpoint_lacks_begins_anew() -> None:
+    model = BoringModel()
+    pruning, channels = attached(model, "pruning", 3.0), attached(model, "channels", 4.0)
+    model.on_load_checkpoint({COMPRESSION_KEY: {"pruning": {"values": torch.tensor([5.0])}}})
+    assert pruning.values.tolist() == [5.0]
+    assert channels.values.tolist() == []
 
 
 def test_the_users_own_hooks_are_still_called() -> None:

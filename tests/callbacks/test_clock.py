@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -113,6 +114,57 @@ def test_accumulated_batches_do_not_count(tmp_path: Path) -> None:
     # Lightning steps on the last batch of an epoch as well: 3 steps in 5 batches.
     assert watch.at_batch_end == [0, 1, 1, 2, 3, 3, 4, 4, 5, 6]
     assert watch.total == 6
+
+
+SCHEDULES = {
+    # 5 batches an epoch; an epoch's last batch always steps.
+    "later more": ({0: 1, 1: 4}, 5 + 2 + 2 + 2),
+    "later two": ({0: 1, 1: 2}, 5 + 3 + 3 + 3),
+    "later fewer": ({0: 4, 2: 1}, 2 + 2 + 5 + 5),
+}
+
+
+@pytest.mark.parametrize(("scheduling", "steps"), SCHEDULES.values(), ids=SCHEDULES)
+def test_steps_under_a_schedule_of_accumulation_are_the_sum_over_the_epochs(
+    tmp_path: Path, scheduling: dict[int, int], steps: int
+) -> None:
+    scheduler = GradientAccumulationScheduler(dict(scheduling))
+    watch, _ = watched(Automatic(), batches(5), tmp_path, max_epochs=4, callbacks=[scheduler])
+    assert watch.at_batch_end[-1] == watch.total == steps
+
+
+def test_max_steps_end_a_run_with_a_schedule_of_accumulation(tmp_path: Path) -> None:
+    scheduler = GradientAccumulationScheduler({0: 1, 1: 4})
+    watch, _ = watched(Automatic(), batches(5), tmp_path, max_epochs=4, max_steps=8, callbacks=[scheduler])
+    assert watch.at_batch_end[-1] == watch.total == 8
+
+
+@pytest.mark.parametrize("max_epochs", [-1, 1])
+def test_max_steps_of_a_stream_with_a_schedule_of_accumulation_are_known(tmp_path: Path, max_epochs: int) -> None:
+    scheduler = GradientAccumulationScheduler({0: 2, 1: 4})
+    watch, _ = watched(
+        Automatic(), DataLoader(Stream()), tmp_path, max_epochs=max_epochs, max_steps=3, callbacks=[scheduler]
+    )
+    assert watch.at_batch_end[-1] == watch.total == 3
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+@pytest.mark.parametrize(("scheduling", "steps"), SCHEDULES.values(), ids=SCHEDULES)
+def test_a_schedule_of_accumulation_is_counted_from_its_first_epoch_after_a_resume(
+    tmp_path: Path, scheduling: dict[int, int], steps: int
+) -> None:
+    def scheduler() -> pl.Callback:
+        return GradientAccumulationScheduler(dict(scheduling))
+
+    keep = ModelCheckpoint(tmp_path, "first", save_on_train_epoch_end=True)
+    first, _ = watched(
+        Automatic(), batches(5), tmp_path, max_epochs=1, callbacks=[scheduler(), keep], enable_checkpointing=True
+    )
+    watch, _ = watched(
+        Automatic(), batches(5), tmp_path, resume=tmp_path / "first.ckpt", max_epochs=4, callbacks=[scheduler()]
+    )
+    assert watch.at_train_start == first.at_batch_end[-1]
+    assert watch.at_batch_end[-1] == watch.total == steps
 
 
 def test_under_manual_optimization_a_step_is_a_batch_however_many_optimizers_step(tmp_path: Path) -> None:

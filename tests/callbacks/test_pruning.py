@@ -503,8 +503,9 @@ def test_a_fit_that_ends_too_early_says_so(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="The fit ended") as caught:
         make_trainer(tmp_path, MagnitudePruning(0.8, end=8)).fit(Net(), batches(4))
     assert str(caught[-1].message) == (
-        "The fit ended after 4 optimizer steps at a sparsity of 0.6993; the full 0.8000 would have been reached "
-        "after 8. Resume the run to finish, or choose an earlier `end`."
+        "The fit ended after 4 optimizer steps, before the full compression was reached: `MagnitudePruning` was at a "
+        "sparsity of 0.6993, and the full 0.8000 was due after step 8. Resume the run to finish, or choose earlier "
+        "moments."
     )
 
 

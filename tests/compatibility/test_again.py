@@ -68,6 +68,64 @@ def test_step_sizes_of_another_fit_are_forgotten(tmp_path: Path) -> None:
     assert torch.equal(loaded.eval()(IMAGES), used.eval()(IMAGES))
 
 
+def plain_checkpoint(folder: Path) -> Path:
+    """Write a checkpoint of one epoch without any of our callbacks."""
+    torch.manual_seed(0)
+    trainer = quiet_trainer(folder, max_epochs=1)
+    trainer.fit(LayersOnSelf(), loader())
+    trainer.save_checkpoint(folder / "plain.ckpt")
+    return folder / "plain.ckpt"
+
+
+def pruned_and_rounded(folder: Path) -> LayersOnSelf:
+    module = LayersOnSelf()
+    quiet_trainer(folder, [MagnitudePruning(0.8, end=0.5), four_bits(start=0.5)]).fit(module, loader())
+    return module
+
+
+@works(AREA, "a module that was compressed, resumed from a checkpoint without our state", "as a fresh module would be")
+def test_masks_of_another_fit_are_forgotten(tmp_path: Path) -> None:
+    plain = plain_checkpoint(tmp_path)
+    saved = []
+    for module in (pruned_and_rounded(tmp_path), LayersOnSelf()):
+        trainer = quiet_trainer(tmp_path, [MagnitudePruning(0.8, end=0.75), four_bits(start=0.75)], max_epochs=4)
+        trainer.fit(module, Stateful(), ckpt_path=plain)
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        saved.append(torch.load(tmp_path / "end.ckpt", weights_only=True))
+    for key in ("state_dict", "lightning_compress", "optimizer_states"):
+        assert is_equal(saved[0][key], saved[1][key]), key
+
+
+@works(AREA, "a module that was compressed, tested from a checkpoint without our state", "in float, as it was trained")
+@pytest.mark.parametrize("has_callbacks", [True, False])
+def test_a_plain_checkpoint_is_tested_in_float(has_callbacks: bool, tmp_path: Path) -> None:
+    plain = plain_checkpoint(tmp_path)
+    callbacks = [MagnitudePruning(0.8, end=0.5), four_bits(start=0.5)] * has_callbacks
+    trainer, module = quiet_trainer(tmp_path, callbacks), pruned_and_rounded(tmp_path)
+    found = trainer.test(module, loader(), ckpt_path=plain, verbose=False)
+    expected = LayersOnSelf.load_from_checkpoint(plain)
+    assert found == quiet_trainer(tmp_path).test(expected, loader(), verbose=False)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    state = torch.load(tmp_path / "after.ckpt", weights_only=True)["lightning_compress"]
+    assert (state["pruning"]["masks"], state["pruning"]["complete"]) == ({}, False)
+    assert not state["quantization"]["is_quantizing"]
+
+
+@works(AREA, "a module that was compressed, tested from a checkpoint with masks alone", "its ranges begin anew")
+def test_of_a_checkpoint_with_masks_alone_the_ranges_begin_anew(tmp_path: Path) -> None:
+    pruned = LayersOnSelf()
+    trainer = quiet_trainer(tmp_path, [MagnitudePruning(0.8, end=0.5)])
+    trainer.fit(pruned, loader())
+    trainer.save_checkpoint(tmp_path / "pruned.ckpt")
+    module, pruning, rounding = pruned_and_rounded(tmp_path), MagnitudePruning(0.8, end=0.5), four_bits(start=0.5)
+    quiet_trainer(tmp_path, [pruning, rounding]).test(
+        module, loader(), ckpt_path=tmp_path / "pruned.ckpt", verbose=False
+    )
+    assert pruning.complete
+    assert not rounding.complete
+    assert rounding.quantization.ranges.as_dict() == {}
+
+
 @works(AREA, "a Trainer whose `max_epochs` is raised", "scales below 7 bits learn on")
 def test_step_sizes_learn_on(tmp_path: Path) -> None:
     trainer, module = quiet_trainer(tmp_path, [four_bits(start=0.25)]), LayersOnSelf()

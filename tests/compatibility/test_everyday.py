@@ -17,11 +17,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
+from benchmarks.kill_and_resume import is_equal
 from lightning_compress import MagnitudePruning, QuantizationAwareTraining, strip
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import quantization_of
-from tests.compatibility.runs import LIGHTNING_NOISE, Run, assert_compressed, assert_ships, fit
+from tests.compatibility.runs import (
+    LIGHTNING_NOISE,
+    Run,
+    assert_compressed,
+    assert_ships,
+    callbacks_of,
+    fit,
+    outputs_of,
+)
 from tests.compatibility.table import refused, works
+from tests.test_promises import Stateful
 from tests.training import all_callbacks, quiet_trainer
 from tests.user_modules import Images, LayersOnSelf, ManualOptimization, NetWithKeywords, TwoNetworks, loader
 
@@ -37,6 +47,8 @@ pytestmark = [
         "ignore:The .grad attribute of a Tensor that is not a leaf",
     ),
 ]
+
+LAST_GOOD = b"the last good file"
 
 CALLBACKS: dict[str, Callable[[], L.Callback]] = {
     "`WeightAveraging`": lambda: lightning_callbacks.WeightAveraging(),
@@ -62,6 +74,58 @@ def test_a_callback_of_lightning_before_and_after_ours(name: str, is_first: bool
 class SavesEachEpoch(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.save_checkpoint(Path(trainer.default_root_dir) / f"{trainer.current_epoch}.ckpt")
+
+
+ACCUMULATION = {
+    # Of 8 batches an epoch.
+    "later more": ({0: 1, 1: 4}, 8 + 2 + 2 + 2),
+    "later two": ({0: 1, 1: 2}, 8 + 4 + 4 + 4),
+    "later fewer": ({0: 4, 2: 1}, 2 + 2 + 8 + 8),
+}
+
+
+class FirstSteps(L.Callback):
+    """Writes down after how many steps a batch first met the full sparsity, rounding and frozen batch norms."""
+
+    def __init__(self) -> None:
+        self.end: list[int] = []
+        self.start: list[int] = []
+        self.freeze: list[int] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        _, pruning, rounding, *_ = callbacks_of(trainer)
+        assert isinstance(pruning, MagnitudePruning)
+        assert isinstance(rounding, QuantizationAwareTraining)
+        self.end += [trainer.global_step] * pruning.complete
+        self.start += [trainer.global_step] * rounding.complete
+        self.freeze += [trainer.global_step] * (not pl_module.get_submodule("bn1").training)
+
+
+@pytest.mark.parametrize(("scheduling", "steps"), ACCUMULATION.values(), ids=ACCUMULATION)
+@works("Lightning's callbacks", "`GradientAccumulationScheduler`: shares of the run", "of the steps of all epochs")
+def test_shares_under_scheduled_accumulation(scheduling: dict[int, int], steps: int, tmp_path: Path) -> None:
+    watch = FirstSteps()
+    scheduler = lightning_callbacks.GradientAccumulationScheduler(dict(scheduling))
+    run = fit(tmp_path, last=(scheduler, watch), max_epochs=4)
+    assert_compressed(run)
+    assert run.trainer.global_step == steps
+    assert watch.end[0] == watch.start[0] == round(0.5 * steps)
+    assert watch.freeze[0] == round(0.75 * steps)
+
+
+@pytest.mark.parametrize("scheduling", [scheduling for scheduling, _ in ACCUMULATION.values()], ids=ACCUMULATION)
+@works("Stopping and resuming", "`GradientAccumulationScheduler`, resumed inside an epoch", "bit-identical")
+def test_scheduled_accumulation_is_resumed(scheduling: dict[int, int], tmp_path: Path) -> None:
+    def run(folder: Path, *more: L.Callback, **settings: Any) -> Run:
+        scheduler = lightning_callbacks.GradientAccumulationScheduler(dict(scheduling))
+        return fit(folder, last=(scheduler, *more), max_epochs=4, data=(Stateful(), loader(16, seed=1)), **settings)
+
+    keep = lightning_callbacks.ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=3)
+    whole = run(tmp_path, keep, enable_checkpointing=True)
+    for path in sorted(tmp_path.glob("*.ckpt")):
+        resumed = run(tmp_path / path.stem, ckpt_path=path)
+        assert_compressed(resumed)
+        assert is_equal(dict(resumed.module.state_dict()), dict(whole.module.state_dict())), path.stem
 
 
 @pytest.mark.parametrize("is_first", [True, False], ids=["before ours", "after ours"])
@@ -169,8 +233,8 @@ def test_a_backbone_that_is_unfrozen_later(tmp_path: Path) -> None:
 
 @works(
     "Lightning's callbacks",
-    '`ModelCheckpoint` on a monitor, beside `OnnxExport(weights="best")`',
-    "only what was saved under the full compression counts as best",
+    '`ModelCheckpoint` on a monitor, and `OnnxExport(weights="best")`',
+    "only what was measured and saved under the full compression counts as best",
 )
 def test_only_compressed_checkpoints_count_as_best(tmp_path: Path) -> None:
     keep = lightning_callbacks.ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=2)
@@ -245,6 +309,76 @@ def test_a_run_that_ends_by_the_clock(tmp_path: Path) -> None:
     assert_compressed(Run(module, trainer, tmp_path))
 
 
+def assert_last_good_file_stays(run: Run) -> None:
+    """What lay at the path is as it was, and the incomplete network lies beside it."""
+    target = run.folder / "model.incomplete.onnx"
+    assert (run.folder / "model.onnx").read_bytes() == LAST_GOOD
+    assert (run.folder / "report.json").read_bytes() == LAST_GOOD
+    assert run.export.result is not None
+    assert run.export.result.path == target
+    assert run.export.report is not None
+    assert "before the full compression was reached" in run.export.report.notes[0]
+    assert (run.folder / "report.incomplete.json").exists()
+    images = Images(16, seed=3).images
+    with torch.no_grad():
+        expected = copy.deepcopy(run.module).eval()(images)
+    torch.testing.assert_close(outputs_of(target, images), expected, atol=1e-4, rtol=1e-4)
+
+
+def put_last_good_files(folder: Path) -> None:
+    for name in ("model.onnx", "report.json"):
+        (folder / name).write_bytes(LAST_GOOD)
+
+
+@pytest.mark.filterwarnings("default:The fit ended after")
+@works(
+    "Lightning's callbacks",
+    "`EarlyStopping` that stops before the full compression",
+    "the last good file stays, the network goes to `NAME.incomplete.onnx`, one warning tells how to finish",
+)
+def test_a_run_that_is_stopped_before_its_full_compression(tmp_path: Path) -> None:
+    put_last_good_files(tmp_path)
+    stop = lightning_callbacks.EarlyStopping("val_loss", patience=1, min_delta=100.0)
+    keep = lightning_callbacks.ModelCheckpoint(tmp_path / "kept", "{step}")
+    with pytest.warns(UserWarning, match="The fit ended") as caught:
+        run = fit(tmp_path, last=(stop, keep), max_epochs=8, enable_checkpointing=True)
+    assert [str(warning.message) for warning in caught if "fit ended" in str(warning.message)] == [
+        "The fit ended after 16 optimizer steps, before the full compression was reached: `MagnitudePruning` was at a "
+        "sparsity of 0.7000, and the full 0.8000 was due after step 32; `QuantizationAwareTraining` left the model in "
+        f"float, as rounding was due after step 32. The incomplete network goes to {tmp_path / 'model.incomplete.onnx'}"
+        f"; {tmp_path / 'model.onnx'} is left as it is. Resume the run to finish, or choose earlier moments."
+    ]
+    assert_last_good_file_stays(run)
+    assert_compressed(fit(tmp_path, max_epochs=8, ckpt_path=tmp_path / "kept" / "step=16.ckpt"))
+
+
+@works("Lightning's callbacks", "`EarlyStopping` that stops after the full compression", "it waits anew from there on")
+def test_a_run_that_is_stopped_after_its_full_compression(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = LayersOnSelf()
+    stop = lightning_callbacks.EarlyStopping("val_loss", patience=2, min_delta=100.0)
+    trainer = quiet_trainer(tmp_path, [*in_steps(tmp_path), stop], max_epochs=8)
+    trainer.fit(module, loader(), loader(16, seed=1))
+    assert stop.stopped_epoch == 2
+    assert_compressed(Run(module, trainer, tmp_path))
+
+
+@pytest.mark.filterwarnings("default:The fit ended after")
+@works(
+    "Flags of the Trainer",
+    "`max_time` that ends a run before the shares it was given",
+    "as under `EarlyStopping`: the last good file stays",
+)
+def test_a_run_that_ends_by_the_clock_before_its_full_compression(tmp_path: Path) -> None:
+    put_last_good_files(tmp_path)
+    with pytest.warns(
+        UserWarning, match="before the full compression was reached: `MagnitudePruning` was at"
+    ) as caught:
+        run = fit(tmp_path, max_epochs=100_000, max_time={"seconds": 1})
+    assert sum("fit ended" in str(warning.message) for warning in caught) == 1
+    assert_last_good_file_stays(run)
+
+
 class Stream(IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         images = Images(64)
@@ -312,6 +446,84 @@ def test_a_small_gan(tmp_path: Path) -> None:
 @works("Optimization", "manual optimization")
 def test_manual_optimization(tmp_path: Path) -> None:
     assert_compressed(fit(tmp_path, ManualOptimization()))
+
+
+class TwiceABatch(ManualOptimization):
+    """Two steps in every training batch."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
+        super().training_step(batch, batch_idx)
+        return super().training_step(batch, batch_idx)
+
+
+class EveryFourthBatch(ManualOptimization):
+    """Accumulates the gradients of four batches."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
+        optimizer: Any = self.optimizers()
+        self.manual_backward(self.loss(batch) / 4)
+        if batch_idx % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+        return None
+
+
+class SecondOptimizerRarely(Gan):
+    """Its first batch is like any other; from the second on one of two optimizers rests."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if batch_idx == 0:
+            return super().training_step(batch, batch_idx)
+        _, discriminator = self.optimizers()  # type: ignore[attr-defined]
+        discriminator.zero_grad()
+        self.manual_backward(self.loss(batch))
+        discriminator.step()
+        return None
+
+
+PACES: dict[str, tuple[type[LayersOnSelf], int, str]] = {
+    "two a batch": (TwiceABatch, 1, "After 1 of them the optimizers have made 2 steps instead of 1."),
+    "every fourth batch": (EveryFourthBatch, 1, "After 1 of them the optimizers have made 0 steps instead of 1."),
+    "one of two": (SecondOptimizerRarely, 2, "After 2 of them the optimizers have made 3 steps instead of 4."),
+}
+
+
+@pytest.mark.parametrize(("kind", "batches", "sentence"), PACES.values(), ids=PACES)
+@refused(
+    "Optimization",
+    "manual optimization with `max_steps` and shares of the run, where an optimizer does not step once a batch",
+    "after the first batch that shows it: give moments in training batches, or `max_epochs`",
+)
+def test_manual_steps_at_another_pace_are_refused(
+    kind: type[LayersOnSelf], batches: int, sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CompressionError) as caught:
+        fit(tmp_path, kind(), max_steps=16, max_epochs=-1)
+    assert str(caught.value) == (
+        "`MagnitudePruning` has shares of the run (end=0.5), whose length was taken from `max_steps=16` with one step "
+        f"of each optimizer in a training batch. {sentence} Pass the moments as ints (training batches), or end the "
+        "run by `max_epochs` instead of `max_steps`."
+    )
+
+
+LENGTHS: dict[str, dict[str, Any]] = {
+    "max_epochs": {"max_epochs": 2},
+    "max_epochs before max_steps": {"max_epochs": 2, "max_steps": 33},
+}
+
+
+@works("Optimization", "two steps a batch by hand, with `max_epochs`, or moments in training batches")
+@pytest.mark.parametrize("settings", LENGTHS.values(), ids=LENGTHS)
+def test_manual_steps_at_another_pace(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert_compressed(fit(tmp_path, TwiceABatch(), **settings))
+
+
+@works("Optimization", "two steps a batch by hand, with `max_epochs`, or moments in training batches")
+def test_manual_steps_at_another_pace_with_moments_in_batches(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, trainer = TwiceABatch(), quiet_trainer(tmp_path, in_steps(tmp_path), max_steps=16, max_epochs=-1)
+    trainer.fit(module, loader(), loader(16, seed=1))
+    assert_compressed(Run(module, trainer, tmp_path))
 
 
 @works("Modules", "a second fit by the same Trainer, by another, and of another module with the same callbacks")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_compress import (
+    KnowledgeDistillation,
     MagnitudePruning,
     QuantizationAwareTraining,
     export_onnx,
@@ -233,3 +236,41 @@ def test_the_best_and_the_last_checkpoint_of_the_same_trainer(which: str, tmp_pa
     path = keep.best_model_path if which == "best" else keep.last_model_path
     fresh = load_compressed_state(Predicts(), path)
     assert found == quiet_trainer(tmp_path).test(fresh, loader(), verbose=False)
+
+
+numpy: Any = np  # its scalars are not of the types that the arguments have
+
+NUMPY: dict[str, Callable[[], list[L.Callback]]] = {
+    "numbers": lambda: [
+        MagnitudePruning(
+            numpy.float64(0.75), start=numpy.float32(0.0), end=numpy.float64(0.5), update_every=numpy.int64(2)
+        ),
+        QuantizationAwareTraining(
+            weight_bits=numpy.int64(4),
+            edge_bits=numpy.int8(4),
+            start=numpy.int64(8),
+            freeze=numpy.float32(0.75),
+            overrides={"conv2": {"weight_bits": numpy.int64(6)}},
+            observe_every=numpy.int64(2),
+            symmetric=numpy.bool_(True),
+        ),
+        KnowledgeDistillation(LayersOnSelf(12), temperature=numpy.float32(4.0), weight=numpy.float64(0.5)),
+    ],
+    "names and a pattern": lambda: [
+        MagnitudePruning(pattern=(numpy.int64(2), numpy.int64(4)), exclude=(numpy.str_("conv1"),)),
+        QuantizationAwareTraining(exclude=[numpy.str_("fc")]),
+    ],
+}
+
+
+@pytest.mark.parametrize("callbacks", NUMPY.values(), ids=NUMPY)
+@works(AREA, "numpy's numbers as arguments", "checkpoints hold plain ones, which `weights_only=True` reads")
+def test_numpy_arguments_leave_plain_checkpoints(callbacks: Callable[[], list[L.Callback]], tmp_path: Path) -> None:
+    module = LayersOnSelf()
+    trainer = quiet_trainer(tmp_path, callbacks())
+    trainer.fit(module, loader(), loader(16, seed=1))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert torch.load(tmp_path / "end.ckpt", weights_only=True)["global_step"] == 16
+    loaded = load_compressed_state(LayersOnSelf(), tmp_path / "end.ckpt")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(IMAGES), module.eval()(IMAGES))

@@ -112,3 +112,11 @@ def test_a_saved_state_loads_without_our_classes_and_comes_back_equal() -> None:
     assert resumed.complete
     assert list(resumed.masks) == ["a", "b"]
     assert all(torch.equal(resumed.masks[name], mask) for name, mask in state.masks.items())
+
+
+def test_nothing_saved_means_no_masks() -> None:
+    state = PruningState()
+    state.masks, state.complete = {"a": torch.tensor([True, False])}, True
+    state.settings = {"sparsity": 0.5}
+    state.load({})
+    assert (state.masks, state.complete, state.settings) == ({}, False, {"sparsity": 0.5})

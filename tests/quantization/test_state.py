@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from benchmarks.kill_and_resume import is_equal
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import calibrate, prepare, quantization_of
 from tests.small_networks import Residual, images, plain, quantized, warmed
@@ -172,3 +174,19 @@ def test_a_state_at_other_bits_is_refused() -> None:
         "The checkpoint was written with weight_bits=4, this run has weight_bits=8. "
         "Use the same settings to go on with it, or `load_from_checkpoint` to begin a new run with its weights."
     )
+
+
+def test_a_quantization_that_begins_anew_is_as_it_was_prepared() -> None:
+    torch.manual_seed(0)
+    first, last = nn.Linear(4, 4), nn.Linear(4, 4)
+    net = nn.Sequential(first, nn.ReLU(), last)
+    quantization = prepare(net, weight_bits=4, activation_bits=4, edge_bits=4)
+    before = quantization.state_dict()
+    calibrate(net, [torch.rand(8, 4)])
+    quantization.is_quantizing = True
+    quantization.learn()
+    assert quantization.steps.leaves
+    quantization.begin_anew()
+    assert is_equal(quantization.state_dict(), before)
+    x = torch.rand(8, 4)
+    assert torch.equal(net(x), F.linear(F.linear(x, first.weight, first.bias).relu(), last.weight, last.bias))

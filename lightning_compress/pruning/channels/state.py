@@ -123,11 +123,14 @@ class ChannelState:
         }
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Take over what :meth:`save` returned.
+        """Take over what :meth:`save` returned; an empty dict is a module that was never pruned.
 
         Raises:
             CompressionError: If it was saved under other settings.
         """
+        if not saved:
+            self.forget()
+            return
         check_same_settings(saved["settings"], self.settings)
         self.module = saved["module"]
         self.groups = tuple(ChannelGroup.load(group) for group in saved["groups"])
