@@ -12,10 +12,12 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from torch import nn
 
 from benchmarks.records import OUT, Records, markdown_table, print_machine
 from benchmarks.training import Budget, train
@@ -39,36 +41,39 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for seed in options.seeds:
         key = {"images": images.name, "seed": seed}
-        rows.append(records.get(partial(_dense, images, seed), job="float, 4 epochs", **key))
-        rows.append(records.get(partial(_fine_tuned, images, seed, ()), job="float, one more epoch", **key))
+        rows.append(records.get(partial(dense, images, seed), job="float, 4 epochs", **key))
+        rows.append(records.get(partial(fine_tuned, images, seed, ()), job="float, one more epoch", **key))
         for sparsity, scope in product(options.sparsities, options.scopes):
             pruning = MagnitudePruning(sparsity=sparsity, start=0.0, end=options.end, scope=scope)
             job = f"{100 * sparsity:g} % zeros, scope {scope}, end {options.end:g}"
-            rows.append(records.get(partial(_fine_tuned, images, seed, (pruning,)), job=job, **key))
-            distillation = KnowledgeDistillation(_checkpoint(images, seed), temperature=4.0, weight=0.7)
+            rows.append(records.get(partial(fine_tuned, images, seed, (pruning,)), job=job, **key))
+            distillation = KnowledgeDistillation(checkpoint(images, seed), temperature=4.0, weight=0.7)
             pruning = MagnitudePruning(sparsity=sparsity, start=0.0, end=options.end, scope=scope)
-            both = partial(_fine_tuned, images, seed, (distillation, pruning))
+            both = partial(fine_tuned, images, seed, (distillation, pruning))
             rows.append(records.get(both, job=f"{job} + distillation from the float checkpoint", **key))
     columns = ("job", "seed", "accuracy", "sparsity", "seconds")
     print(f"\n{images.name}\n\n{markdown_table([{column: row[column] for column in columns} for row in rows])}")
 
 
-def _dense(images: ImageSet, seed: int) -> dict[str, Any]:
+def dense(images: ImageSet, seed: int) -> dict[str, Any]:
+    """Train the float checkpoint that everything begins from."""
     torch.manual_seed(seed)
     network = student(8)
     _, seconds = train("float", network, images, DENSE, seed=seed)
-    torch.save(network.state_dict(), _path(images, seed))
-    return _scores(network, images, seconds)
+    torch.save(network.state_dict(), checkpoint_path(images, seed))
+    return scores(network, images, seconds)
 
 
-def _fine_tuned(images: ImageSet, seed: int, callbacks: Sequence[L.Callback]) -> dict[str, Any]:
-    network = _checkpoint(images, seed)
+def fine_tuned(images: ImageSet, seed: int, callbacks: Sequence[L.Callback]) -> dict[str, Any]:
+    """Go on from the checkpoint for one epoch, with callbacks."""
+    network = checkpoint(images, seed)
     # Another seed than the checkpoint's: its first epoch must not be seen a second time.
     _, seconds = train("fine-tuning", network, images, FINE_TUNE, seed=seed + 77, callbacks=callbacks)
-    return _scores(network, images, seconds)
+    return scores(network, images, seconds)
 
 
-def _scores(network: ResNet, images: ImageSet, seconds: float) -> dict[str, Any]:
+def scores(network: nn.Module, images: ImageSet, seconds: float) -> dict[str, Any]:
+    """Return what a network reaches on the test images, and how many of its weights are zeros."""
     weights = [layer.get_parameter("weight") for layer in weight_layers(network).values()]
     n_zeros = sum(int((weight == 0).sum()) for weight in weights)
     classes = predict(network, ImageData(images).test_dataloader())
@@ -79,13 +84,15 @@ def _scores(network: ResNet, images: ImageSet, seconds: float) -> dict[str, Any]
     }
 
 
-def _checkpoint(images: ImageSet, seed: int) -> ResNet:
+def checkpoint(images: ImageSet, seed: int) -> ResNet:
+    """Return the network with the weights of the float checkpoint."""
     network = student(8)
-    network.load_state_dict(torch.load(_path(images, seed), weights_only=True))
+    network.load_state_dict(torch.load(checkpoint_path(images, seed), weights_only=True))
     return network
 
 
-def _path(images: ImageSet, seed: int) -> Any:
+def checkpoint_path(images: ImageSet, seed: int) -> Path:
+    """Return where the float checkpoint lies."""
     return OUT / f"{images.name.replace(' ', '_')}_resnet8_seed_{seed}.pt"
 
 

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import onnx
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +21,6 @@ from lightning_compress import (
     MagnitudePruning,
     OnnxExport,
     QuantizationAwareTraining,
-    load_compressed_state,
     rebuild,
     shrink,
     strip,
@@ -33,9 +30,8 @@ from lightning_compress.pruning.channels.importance import IMPORTANCES
 from lightning_compress.pruning.channels.plan import Scope
 from lightning_compress.report import model_statistics
 from tests.compatibility.runs import LIGHTNING_NOISE, assert_ships, outputs_of
-from tests.test_promises import Stateful
 from tests.training import quiet_trainer
-from tests.user_modules import Images, LayersOnSelf, ManualOptimization, NetWithKeywords, TwoNetworks, loader
+from tests.user_modules import Images, LayersOnSelf, NetWithKeywords, TwoNetworks, loader
 
 pytestmark = [pytest.mark.filterwarnings(message) for message in LIGHTNING_NOISE]
 
@@ -106,26 +102,6 @@ def test_the_target_is_reached_and_the_channels_go(importance: Any, scope: Scope
     assert torch.allclose(small.eval()(IMAGES), module.eval()(IMAGES), atol=1e-5)
 
 
-@pytest.mark.parametrize("network", [LayersOnSelf, NetWithKeywords, TwoNetworks, ManualOptimization])
-def test_everything_in_one_run_ships_a_smaller_file(network: type[LayersOnSelf], tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    module = network(16)
-    added = callbacks(tmp_path, round_to=4)
-    fit(module, tmp_path, *added, max_epochs=4)
-    pruning, export = added[1], added[3]
-    assert isinstance(pruning, ChannelPruning)
-    assert isinstance(export, OnnxExport)
-    assert pruning.complete
-    name = next(iter(pruning.widths))
-    had, has = pruning.widths[name]
-    assert has < had == 16
-    weights = {tuple(item.dims) for item in onnx.load(tmp_path / "model.onnx").graph.initializer if len(item.dims) == 4}
-    assert all(16 not in shape for shape in weights)
-    assert_ships(module, tmp_path / "model.onnx")
-    assert export.report is not None
-    assert "channels removed: " in export.report.to_text()
-
-
 def test_the_masked_and_the_shrunk_quantized_network_compute_the_same_bits(tmp_path: Path) -> None:
     module = LayersOnSelf(16)
     quantization = QuantizationAwareTraining(weight_bits=4, activation_bits=4, start=0.5, freeze=0.75)
@@ -193,40 +169,6 @@ def test_parameters_can_be_the_target(tmp_path: Path) -> None:
     assert after == round(pruning.remaining * before)
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize(("step", "importance"), [(4, "l2"), (9, "taylor"), (12, "l2"), (17, "l2"), (28, "taylor")])
-def test_a_resumed_run_is_the_same_to_the_bit(step: int, importance: str, tmp_path: Path) -> None:
-    def run(folder: Path, ckpt_path: Path | None = None) -> LayersOnSelf:
-        torch.manual_seed(0)
-        module = LayersOnSelf(16)
-        saving = L.pytorch.callbacks.ModelCheckpoint(
-            folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
-        )
-        added = callbacks(folder, importance=importance, round_to=4, start=6, end=16)
-        trainer = quiet_trainer(folder, [*added, saving], max_epochs=4, enable_checkpointing=True)
-        trainer.fit(module, Stateful(), loader(16, seed=1), ckpt_path=ckpt_path, weights_only=True)
-        return module
-
-    whole = run(tmp_path / "whole")
-    resumed = run(tmp_path / "resumed", tmp_path / "whole" / f"step={step}.ckpt")
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
-    files = [(tmp_path / name / "model.onnx").read_bytes() for name in ("whole", "resumed")]
-    assert files[0] == files[1]
-
-
-def test_the_checkpoint_is_plain_and_brings_the_channels_back(tmp_path: Path) -> None:
-    module = LayersOnSelf(16)
-    trainer = fit(module, tmp_path, *callbacks(tmp_path, round_to=4), max_epochs=4)
-    trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-    torch.load(tmp_path / "last.ckpt", weights_only=True)
-    again = load_compressed_state(LayersOnSelf(16), tmp_path / "last.ckpt")
-    small, record = shrink(again)
-    assert record == shrink(module).record
-    assert torch.equal(small.eval()(IMAGES), shrink(module).model.eval()(IMAGES))
-    LayersOnSelf.load_from_checkpoint(tmp_path / "last.ckpt")
-
-
 def test_a_shrunk_network_is_saved_rebuilt_trained_on_and_exported(tmp_path: Path) -> None:
     module = LayersOnSelf(16)
     fit(module, tmp_path, ChannelPruning(macs=0.5, round_to=4))
@@ -266,13 +208,6 @@ def test_strip_leaves_nothing_behind(tmp_path: Path) -> None:
     strip(module)
     assert set(vars(module)) - {"_trainer", "_fabric"} == set(vars(untouched)) - {"_trainer", "_fabric"}
     assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
-
-
-def test_averaged_weights_are_under_the_masks(tmp_path: Path) -> None:
-    module = LayersOnSelf(16)
-    fit(module, tmp_path, EMAWeightAveraging(), *callbacks(tmp_path, round_to=4), max_epochs=4)
-    assert 0 < zeros(module)["conv2.weight"] < 16
-    assert_ships(module, tmp_path / "model.onnx")
 
 
 def test_channels_and_single_weights_are_pruned_in_one_run(tmp_path: Path) -> None:
