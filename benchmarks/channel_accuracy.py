@@ -108,6 +108,7 @@ def _theirs(images: ImageSet, seed: int, macs: float, n_steps: int) -> dict[str,
     )
     for step in range(n_steps):
         pruner.step()
+        network.train()  # tracing has left it in eval mode, which Lightning keeps
         first = step * len(part.train_images)
         these = replace(
             part,
