@@ -291,6 +291,23 @@ def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
+def uncover_own_methods(pl_module: pl.LightningModule) -> None:
+    """Take off a copy of a module, made during a fit, the methods of its class that stand where our wrappers stood.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> model = BoringModel()
+        >>> model.training_step = model.training_step
+        >>> uncover_own_methods(model)
+        >>> "training_step" in vars(model)
+        False
+    """
+    for kind in (_DistilledStep, _DistilledBackward):
+        found = vars(pl_module).get(kind.method)
+        if found is not None and found == getattr(type(pl_module), kind.method).__get__(pl_module):
+            delattr(pl_module, kind.method)
+
+
 def _take_off_silent_wrappers(pl_module: pl.LightningModule, method: str) -> None:
     """Uncover the method beneath wrappers without an owner; one that others have wrapped stays, and passes through."""
     while isinstance(top := pl_module.__dict__.get(method), _Wrapper) and top.owner is None:
