@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,28 @@ def n_processes() -> int:
         1
     """
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process compute as if there were no others: what it runs inside waits for nobody.
+
+    Metrics exchange their states wherever a process group is initialized; one process alone would wait for ever.
+
+    Example:
+        >>> with alone():
+        ...     n_processes()
+        1
+    """
+    if n_processes() == 1:
+        yield
+        return
+    world = distributed.group.WORLD
+    distributed.group.WORLD = None  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        distributed.group.WORLD = world  # type: ignore[misc]
 
 
 def collective_device() -> torch.device:

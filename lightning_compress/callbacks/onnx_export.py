@@ -37,6 +37,7 @@ from lightning_compress.export.onnx import write_onnx
 from lightning_compress.export.packing import storage_note
 from lightning_compress.export.parts import UnexportableError
 from lightning_compress.export.session import import_onnxruntime, open_session
+from lightning_compress.processes import alone
 from lightning_compress.quantization import quantization_of, strip
 from lightning_compress.report import (
     History,
@@ -114,6 +115,7 @@ class OnnxExport(pl.Callback):
         self._are_calls_validated = False
         self._has_stepped = False
         self._metric_before: float | None = None
+        self._metric_after: float | None = None
         self._was_complete = False
         self._last_step = -1
         self._unread: list[tuple[int, dict[str, Any]]] = []
@@ -135,6 +137,7 @@ class OnnxExport(pl.Callback):
         self._tap = ForwardTap(pl_module, self.module)
         self._calls = []
         self._are_calls_validated = self._has_stepped = False
+        self._metric_after = None
         self._random.restore()
 
     @override
@@ -315,14 +318,16 @@ class OnnxExport(pl.Callback):
         print(f"\n{self.report.to_text()}")
 
     def _collect_by_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Run the user's validation for inputs: a run that had ended before it was resumed makes no step."""
-        source = trainer.fit_loop.epoch_loop.val_loop._data_source
-        if not source.is_defined() or trainer.world_size > 1 or not trainer.enable_validation:
+        """Run the user's validation for inputs and metric: a run that had ended before it was resumed makes no step.
+
+        It runs on this process alone.
+        """
+        loaders = _validation_loaders(trainer)
+        if loaders is None:
             return
         module = copy_of(pl_module)
         self._tap = ForwardTap(module, self.module)
-        with quiet_lightning():
-            _own_trainer(trainer, [_Listener(self)]).validate(module, dataloaders=source.dataloader(), verbose=False)
+        self._metric_after = _validated(_own_trainer(trainer, [_Listener(self)]), module, loaders, self.metric)
         self._remove_tap()
 
     def _measured(
@@ -370,7 +375,8 @@ class OnnxExport(pl.Callback):
     def _metric(self, trainer: pl.Trainer, chosen: pl.LightningModule) -> Metric:
         assert self.metric is not None
         after = _number(trainer.callback_metrics.get(self.metric))
-        if trainer.val_dataloaders is None or trainer.world_size > 1:
+        after = self._metric_after if after is None else after
+        if _validation_loaders(trainer) is None or trainer.world_size > 1:
             return Metric(self.metric, self._metric_before, after)
         return Metric(self.metric, self._metric_before, after, self._metric_of_file(trainer, chosen))
 
@@ -380,9 +386,7 @@ class OnnxExport(pl.Callback):
         assert self.metric is not None
         module = copy_of(chosen)
         vars(module.get_submodule(self._called))["forward"] = FileForward(self.path, self.result)
-        with quiet_lightning():
-            found = _own_trainer(trainer).validate(module, dataloaders=trainer.val_dataloaders, verbose=False)
-        return next((float(row[self.metric]) for row in found if self.metric in row), None)
+        return _validated(_own_trainer(trainer), module, _validation_loaders(trainer), self.metric)
 
     def _chosen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
         if self.weights == "last":
@@ -436,7 +440,23 @@ class _Listener(pl.Callback):
     @override
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         self.export.on_validation_batch_end(trainer, *args, **kwargs)
-        trainer.should_stop = not self.export._wants_more()
+        # A metric is one of all batches.
+        trainer.should_stop = self.export.metric is None and not self.export._wants_more()
+
+
+def _validation_loaders(trainer: pl.Trainer) -> Any:
+    """Return the loaders of the fit's validation, made anew where no step has needed them yet; None without any."""
+    if trainer.val_dataloaders is not None:
+        return trainer.val_dataloaders
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    return source.dataloader() if source.is_defined() and trainer.enable_validation else None
+
+
+def _validated(trainer: pl.Trainer, module: pl.LightningModule, loaders: Any, metric: str | None) -> float | None:
+    """Run the user's validation, on this process alone, and return the metric."""
+    with quiet_lightning(), alone():
+        found = trainer.validate(module, dataloaders=loaders, verbose=False)
+    return next((float(row[metric]) for row in found if metric in row), None)
 
 
 def _own_trainer(trainer: pl.Trainer, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:

@@ -135,6 +135,21 @@ def test_two_processes_are_resumed_to_the_bit(tmp_path: Path) -> None:
     assert (tmp_path / "resumed" / "model.onnx").read_bytes() == (tmp_path / "whole" / "model.onnx").read_bytes()
 
 
+@works(
+    AREA,
+    "resuming under DDP a run that had ended, as after a kill in the export",
+    "the first process validates alone, for the inputs of the file",
+)
+def test_two_processes_that_had_ended_are_only_exported(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", "WithMetric")
+    resumed = run(tmp_path / "resumed", "WithMetric", ckpt_path=str(tmp_path / "whole" / "kept" / "step=16.ckpt"))
+    assert_alike(resumed, "WithMetric")
+    for found, expected in zip(resumed.dumps, whole.dumps, strict=True):
+        assert is_equal(found, expected)
+    assert (tmp_path / "resumed" / "model.onnx").read_bytes() == (tmp_path / "whole" / "model.onnx").read_bytes()
+    assert json.loads((tmp_path / "resumed" / "report.json").read_text())["metrics"][0]["after"] is not None
+
+
 @refused(AREA, "`ModelParallelStrategy` (FSDP2), and all others that split weights", 'use `strategy="ddp"`')
 def test_two_processes_that_split_the_weights_are_refused(tmp_path: Path) -> None:
     done = started(tmp_path, "Configured", "sharded")

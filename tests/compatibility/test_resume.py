@@ -147,13 +147,18 @@ def test_a_stateful_loader_goes_on_inside_an_epoch(kind: type[LayersOnSelf], ste
     assert_same(resumed, whole)
 
 
-@works("Stopping and resuming", "a run that had ended, as after a kill in the export", "validation gives the inputs")
+@works(
+    "Stopping and resuming",
+    "a run that had ended, as after a kill in the export",
+    "validation gives the inputs; the file and the report are those of the run that was not stopped",
+)
 def test_a_run_that_had_ended_is_only_exported(tmp_path: Path) -> None:
     _, whole = run(tmp_path, keep=ModelCheckpoint(tmp_path, save_last=True))
     (tmp_path / "resumed").mkdir()
     _, resumed = run(tmp_path / "resumed", seed=5, ckpt_path=tmp_path / "last.ckpt")
     assert_same(resumed, whole)
-    assert (tmp_path / "resumed" / "model.onnx").read_bytes() == (tmp_path / "model.onnx").read_bytes()
+    for name in ("model.onnx", "report.json"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 @refused(

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_compress import KnowledgeDistillation, MagnitudePruning, OnnxExport, QuantizationAwareTraining
 from lightning_compress.quantization import quantization_of
@@ -57,6 +58,18 @@ class ShapesByRank(LayersOnSelf):
         return F.cross_entropy(self(images), batch["label"])
 
 
+class WithMetric(LayersOnSelf):
+    """Logs a metric whose state the processes exchange."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(4)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.accuracy(self(batch["image"]), batch["label"])
+        self.log("val_acc", self.accuracy)
+
+
 class Configured(LayersOnSelf):
     """Has the hook that strategies which split weights ask for."""
 
@@ -66,7 +79,16 @@ class Configured(LayersOnSelf):
 
 MODULES = {
     kind.__name__: kind
-    for kind in (LayersOnSelf, NetWithKeywords, ManualOptimization, WithoutNorm, WithDropout, ShapesByRank, Configured)
+    for kind in (
+        LayersOnSelf,
+        NetWithKeywords,
+        ManualOptimization,
+        WithoutNorm,
+        WithDropout,
+        ShapesByRank,
+        WithMetric,
+        Configured,
+    )
 }
 
 
