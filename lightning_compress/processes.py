@@ -41,11 +41,11 @@ def alone() -> Iterator[None]:
         yield
         return
     world = distributed.group.WORLD
-    distributed.group.WORLD = None  # type: ignore[misc]
+    distributed.group.WORLD = None
     try:
         yield
     finally:
-        distributed.group.WORLD = world  # type: ignore[misc]
+        distributed.group.WORLD = world
 
 
 def collective_device() -> torch.device:

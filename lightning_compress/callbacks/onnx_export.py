@@ -48,6 +48,7 @@ from lightning_compress.report import (
     model_statistics,
     plot_run,
 )
+from lightning_compress.unfinished import remove_leftovers, unfinished_folder
 
 READ_EVERY = 50
 """Steps between two readings of logged values: reading one waits for the device."""
@@ -129,7 +130,9 @@ class OnnxExport(pl.Callback):
         self._random = attach_random_state(pl_module)
         import_onnxruntime()
         if trainer.is_global_zero and not _writes_nothing(trainer):
-            check_writable(self.path)
+            for path in (self.path, self.path.with_name("report.json"), self.path.with_name("report.png")):
+                check_writable(path)
+            remove_leftovers(_kept_weights(self.path))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -245,7 +248,7 @@ class OnnxExport(pl.Callback):
         try:
             self._export(trainer, pl_module)
         except BaseException:
-            _keep_weights(trainer, pl_module, self.path.with_name(f"{self.path.name}.ckpt"))
+            _keep_weights(trainer, pl_module, _kept_weights(self.path))
             raise
 
     @override
@@ -414,6 +417,10 @@ class OnnxExport(pl.Callback):
             rank_zero_info(f"No picture of the run was made: {error}")
 
 
+def _kept_weights(path: Path) -> Path:
+    return path.with_name(f"{path.name}.ckpt")
+
+
 def _keep_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> None:
     """Write the trained weights after a failed export, and tell; the export's own error is the one to raise."""
     try:
@@ -456,7 +463,7 @@ def _validated(trainer: pl.Trainer, module: pl.LightningModule, loaders: Any, me
     """Run the user's validation, on this process alone, and return the metric."""
     with quiet_lightning(), alone():
         found = trainer.validate(module, dataloaders=loaders, verbose=False)
-    return next((float(row[metric]) for row in found if metric in row), None)
+    return next((float(row[metric]) for row in found if metric is not None and metric in row), None)
 
 
 def _own_trainer(trainer: pl.Trainer, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
@@ -475,7 +482,7 @@ def _own_trainer(trainer: pl.Trainer, callbacks: Sequence[pl.Callback] = ()) -> 
 
 
 def check_writable(path: Path) -> None:
-    """Check, by writing an empty file and removing it, that a file can be written at ``path``.
+    """Check, by making an empty folder next to it and removing it, that a file can be written at ``path``.
 
     Raises:
         ValueError: If it cannot; before the training rather than after it.
@@ -486,8 +493,7 @@ def check_writable(path: Path) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+        with unfinished_folder(path):
             pass
     except OSError as error:
         raise ValueError(
