@@ -122,7 +122,7 @@ class KnowledgeDistillation(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give back module and teacher: after an exception Lightning calls no ``teardown``."""
-        self._random.is_training = False
+        self._random.interrupt()
         self._release(pl_module)
 
     @override

@@ -235,7 +235,7 @@ class OnnxExport(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._random.is_training = False
+        self._random.interrupt()
         self._remove_tap()
 
     @override

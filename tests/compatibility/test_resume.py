@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -145,6 +146,42 @@ def test_a_stateful_loader_goes_on_inside_an_epoch(kind: type[LayersOnSelf], ste
     _, whole = run(tmp_path, kind, Stateful(), keep=keep)
     _, resumed = run(tmp_path / "resumed", kind, Stateful(), seed=5, ckpt_path=tmp_path / f"step={step}.ckpt")
     assert_same(resumed, whole)
+
+
+class Fails(Noisy):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == 11:
+            raise ZeroDivisionError
+
+
+KEPT_ON_AN_ERROR: dict[str, Callable[[Path], L.Callback]] = {
+    "ModelCheckpoint(save_on_exception=True)": lambda folder: ModelCheckpoint(
+        folder, "failed", save_on_exception=True, save_top_k=0
+    ),
+    "OnExceptionCheckpoint": lambda folder: OnExceptionCheckpoint(folder, "failed"),
+}
+
+
+@works(
+    "Stopping and resuming",
+    "a checkpoint written on an exception (`save_on_exception=True`, `OnExceptionCheckpoint`)",
+    "holds the random numbers too, except of several processes; Lightning goes on after the batch that failed",
+)
+@pytest.mark.filterwarnings("ignore:`?.fit.ckpt_path=")  # Lightning looks for a last checkpoint of its own
+@pytest.mark.parametrize("make", KEPT_ON_AN_ERROR.values(), ids=KEPT_ON_AN_ERROR)
+def test_a_checkpoint_written_on_an_error_holds_the_random_numbers(
+    make: Callable[[Path], L.Callback], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    trainer = quiet_trainer(tmp_path, [*resumable(tmp_path), make(tmp_path)], enable_checkpointing=True)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(Fails(), Stateful(), loader(16, seed=1))
+    state = torch.get_rng_state()
+    saved = next(tmp_path.glob("*.ckpt"))
+    (found,) = torch.load(saved, weights_only=True)["lightning_compress"]["random"]["processes"]
+    assert torch.equal(found["torch"], state)
+    _, resumed = run(tmp_path / "resumed", Noisy, Stateful(), seed=5, ckpt_path=saved)
+    assert resumed.global_step > 11
 
 
 @works(
