@@ -37,7 +37,7 @@ from lightning_compress.export.onnx import write_onnx
 from lightning_compress.export.packing import storage_note
 from lightning_compress.export.parts import UnexportableError
 from lightning_compress.export.session import import_onnxruntime, open_session
-from lightning_compress.processes import alone
+from lightning_compress.processes import alone, odd_ranks
 from lightning_compress.quantization import quantization_of, strip
 from lightning_compress.report import (
     History,
@@ -232,6 +232,13 @@ class OnnxExport(pl.Callback):
         self._random.is_training = False
         self._read()
         self._remove_tap()
+        # Not the buffers: batch norms may count on every process by themselves.
+        if odd := odd_ranks(dict(pl_module.named_parameters())):
+            rank_zero_warn(
+                f"The weights of rank {odd} are not those of rank 0, which `OnnxExport` writes: the processes have "
+                "trained different networks. It happens where parameters are unfrozen after the strategy has wrapped "
+                "the module, as by `BackboneFinetuning` under DDP, whose gradients are then never exchanged."
+            )
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -137,6 +137,17 @@ def test_two_processes_are_resumed_to_the_bit(tmp_path: Path) -> None:
 
 @works(
     AREA,
+    "weights that differ between the processes (plain Lightning's `BackboneFinetuning` under DDP makes such)",
+    "a warning names the ranks and says that those of rank 0 are written",
+)
+def test_weights_that_differ_between_processes_are_named(tmp_path: Path) -> None:
+    sentence = "The weights of rank 1 are not those of rank 0, which `OnnxExport` writes: the processes have trained"
+    assert sentence in run(tmp_path / "drifts", "Drifts").errors
+    assert "The weights of rank" not in run(tmp_path / "alike", "LayersOnSelf").errors
+
+
+@works(
+    AREA,
     "resuming under DDP a run that had ended, as after a kill in the export",
     "the first process validates alone, for the inputs of the file",
 )

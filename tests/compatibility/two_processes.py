@@ -70,6 +70,14 @@ class WithMetric(LayersOnSelf):
         self.log("val_acc", self.accuracy)
 
 
+class Drifts(LayersOnSelf):
+    """Ends with another bias in the second process."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        with torch.no_grad():
+            self.fc.bias.add_(0.001 * self.global_rank)
+
+
 class Configured(LayersOnSelf):
     """Has the hook that strategies which split weights ask for."""
 
@@ -87,6 +95,7 @@ MODULES = {
         WithDropout,
         ShapesByRank,
         WithMetric,
+        Drifts,
         Configured,
     )
 }
@@ -163,6 +172,7 @@ def strategy(launcher: str) -> Strategy:
 def main(options: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", message="Processes that are spawned")
+    warnings.filterwarnings("default", message="The weights of rank")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     folder = Path(options["folder"])
