@@ -119,6 +119,11 @@ def test_uneven_last_batches(tmp_path: Path) -> None:
     assert_alike(run(tmp_path, "LayersOnSelf", n_images=61, bits=4), "LayersOnSelf")
 
 
+@works(AREA, "a last batch that is smaller in one process than in the other: 31 and 30 images, padded by nobody")
+def test_last_batches_that_differ_between_processes(tmp_path: Path) -> None:
+    assert_alike(run(tmp_path, "LayersOnSelf", n_images=61, is_padded=False), "LayersOnSelf")
+
+
 @works(AREA, "other shapes in each process, in a module that decides by them")
 def test_shapes_that_differ_between_processes(tmp_path: Path) -> None:
     assert_alike(run(tmp_path, "ShapesByRank"), "ShapesByRank")

@@ -148,6 +148,32 @@ def test_a_stateful_loader_goes_on_inside_an_epoch(kind: type[LayersOnSelf], ste
     assert_same(resumed, whole)
 
 
+@works("Stopping and resuming", "`save_last=True` and `fit(ckpt_path='last')` in a new Trainer")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_new_trainer_finds_the_last_checkpoint(tmp_path: Path) -> None:
+    _, whole = run(tmp_path / "whole")
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    module = Noisy()
+    keep = ModelCheckpoint(tmp_path, save_last=True)
+    first = quiet_trainer(tmp_path, [*resumable(tmp_path), keep, StopsAfterAnEpoch()], enable_checkpointing=True)
+    with pytest.raises(ZeroDivisionError):
+        first.fit(module, shuffled(), loader(16, seed=1))
+    again = ModelCheckpoint(tmp_path, save_last=True)
+    resumed = quiet_trainer(tmp_path, [*resumable(tmp_path), again], enable_checkpointing=True)
+    resumed.fit(Noisy(), shuffled(), loader(16, seed=1), ckpt_path="last", weights_only=True)
+    assert_same(resumed, whole)
+
+
+class StopsAfterAnEpoch(L.Callback):
+    """Ends the program as a kill would, before the second epoch."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            raise ZeroDivisionError
+
+
 class Fails(Noisy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step == 11:

@@ -1,7 +1,7 @@
 """A run in one process or two, by `python -m tests.compatibility.two_processes '{...}'`; each leaves its results.
 
 The settings are JSON: ``folder``, ``module``, ``launcher`` (``"popen"``, ``"spawn"``, ``"sharded"``, or none for one
-process), ``n_images``, ``bits``, ``ckpt_path``.
+process), ``n_images``, ``is_padded``, ``bits``, ``ckpt_path``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_compress import KnowledgeDistillation, MagnitudePruning, OnnxExport, QuantizationAwareTraining
@@ -104,13 +104,18 @@ MODULES = {
 class Data(L.LightningDataModule):
     """Batches that together are those of one process, in its order."""
 
-    def __init__(self, n_images: int) -> None:
+    def __init__(self, n_images: int, is_padded: bool) -> None:
         super().__init__()
+        self.is_padded = is_padded
         self.train, self.held_out = Images(n_images), Images(16, seed=1)
 
     def batches(self, images: Images) -> DataLoader[dict[str, Tensor]]:
         trainer = self.trainer
         assert trainer is not None
+        if not self.is_padded:
+            every_other = range(trainer.global_rank, len(images), trainer.world_size)
+            batches = BatchSampler(every_other, GLOBAL_BATCH // trainer.world_size, drop_last=False)
+            return DataLoader(images, batch_sampler=batches)
         sampler: DistributedSampler[Any] = DistributedSampler(
             images, trainer.world_size, trainer.global_rank, shuffle=False
         )
@@ -195,9 +200,10 @@ def main(options: dict[str, Any]) -> None:
             ModelCheckpoint(folder / "kept", "{step}", save_top_k=-1),
         ],
         enable_checkpointing=True,
+        use_distributed_sampler=False,
         **distribution,
     )
-    data = Data(options.get("n_images", 64))
+    data = Data(options.get("n_images", 64), options.get("is_padded", True))
     trainer.fit(module, data, ckpt_path=options.get("ckpt_path"))
     metrics = trainer.test(module, data, verbose=False)
     if trainer.is_global_zero:
