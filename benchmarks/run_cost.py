@@ -2,7 +2,8 @@
 
 * Size and saving time of a whole checkpoint, of weights and momentum, with masks and ranges and without.
 * A training step with masks in force against the plain step, in one fit: the callback works in every second step only.
-* One update of the masks of a network against one of its training steps.
+* Whole updates of the masks against a training step: the callback's own, with all it does in one (masks, weights,
+  momentum, count), over the rise of its schedule, in every scope.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from torchvision import models
 from benchmarks.records import Row, markdown_table, print_machine
 from examples.quiet import quiet_lightning
 from lightning_compress import MagnitudePruning, QuantizationAwareTraining
-from lightning_compress.pruning.magnitude import magnitude_masks
+from lightning_compress.pruning.magnitude import Scope
 from lightning_compress.pruning.weights import prunable_weights
+
+SCOPES: tuple[Scope, ...] = ("global", "layer", "lamp")
 
 
 def main() -> None:
@@ -33,12 +36,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     quiet_lightning()
     print_machine()
-    rows = []
+    rows, updates = [], []
     for name in options.networks:
         torch.manual_seed(0)
         rows.append({"network": name, **_checkpoint_row(name, options), **_step_row(name, options)})
         print(rows[-1], flush=True)
-    print(f"\n{markdown_table(rows)}")
+        updates += [_update_row(name, scope, options) for scope in SCOPES]
+    print(f"\n{markdown_table(rows)}\n\n{markdown_table(updates)}")
 
 
 class Classifier(L.LightningModule):
@@ -82,29 +86,71 @@ class Clock(L.Callback):
         self.before, self.pruning.is_on = now, not self.pruning.is_on
 
 
+class TimedUpdates(MagnitudePruning):
+    """Notes how long each whole update takes, and how long the steps without one."""
+
+    seconds: list[float]
+
+    def _update_masks(self, *args: Any, **kwargs: Any) -> None:
+        started = time.perf_counter()
+        super()._update_masks(*args, **kwargs)
+        self.seconds.append(time.perf_counter() - started)
+
+
+class StepClock(L.Callback):
+    """Times forward, backward and optimizer step, which end before the callbacks' turn."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.started = 0.0
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.started)
+
+
 def _step_row(name: str, options: argparse.Namespace) -> Row:
-    """Time steps with the callback and without, in turns, and one update of the masks."""
+    """Time steps with the callback and without, in turns."""
     module = Classifier(name)
     n_steps = 2 * options.rounds + 4
     pruning = EverySecond(0.8, start=0, end=0)  # the only update is before the first step
     clock = Clock(pruning)
-    images = torch.randn(options.batch_size, 3, options.pixels, options.pixels)
-    labels = torch.zeros(options.batch_size, dtype=torch.long)
-    batches = TensorDataset(images.repeat(2, 1, 1, 1), labels.repeat(2))
-    _trainer([pruning, clock], max_steps=n_steps).fit(module, DataLoader(batches, batch_size=options.batch_size))
+    _trainer([pruning, clock], max_steps=n_steps).fit(module, _batches(options))
     on, off = (clock.seconds[is_on][2:] for is_on in (True, False))
-    updates = []
-    for _ in range(5):
-        started = time.perf_counter()
-        magnitude_masks(prunable_weights(module), pruning.sparsity, pruning.scope)
-        updates.append(time.perf_counter() - started)
     return {
         "step, ms": round(1e3 * statistics.median(off), 1),
         "step under masks / plain: minima": round(min(on) / min(off), 3),
         "medians": round(statistics.median(on) / statistics.median(off), 3),
-        "update of the masks, ms": round(1e3 * min(updates), 1),
-        "update / step": round(min(updates) / min(off), 2),
     }
+
+
+def _update_row(name: str, scope: Scope, options: argparse.Namespace) -> Row:
+    """Time the updates of a rise to 80 % zeros, one after every step."""
+    pruning, clock = TimedUpdates(0.8, start=0, end=options.updates, scope=scope, update_every=1), StepClock()
+    pruning.seconds = []
+    # The clock's turn must come before the callback's.
+    _trainer([clock, pruning], max_steps=options.updates).fit(Classifier(name), _batches(options))
+    step = statistics.median(clock.seconds[1:])
+    updates = pruning.seconds[1:]  # the first, before any step, drops nothing
+    return {
+        "network": name,
+        "scope": scope,
+        "step, ms": round(1e3 * step, 1),
+        "update, ms: median": round(1e3 * statistics.median(updates), 1),
+        "at 80 % zeros": round(1e3 * updates[-1], 1),
+        "median update / step": round(statistics.median(updates) / step, 2),
+        "largest": round(max(updates) / step, 2),
+        "last, at 80 % zeros": round(updates[-1] / step, 2),
+        "minima": round(min(updates) / min(clock.seconds[1:]), 2),
+    }
+
+
+def _batches(options: argparse.Namespace) -> DataLoader[tuple[Tensor, ...]]:
+    images = torch.randn(options.batch_size, 3, options.pixels, options.pixels)
+    labels = torch.zeros(options.batch_size, dtype=torch.long)
+    return DataLoader(TensorDataset(images.repeat(2, 1, 1, 1), labels.repeat(2)), batch_size=options.batch_size)
 
 
 def _checkpoint_row(name: str, options: argparse.Namespace) -> Row:
@@ -159,6 +205,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--pixels", type=int, default=96)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=20, help="steps of each kind")
+    parser.add_argument("--updates", type=int, default=12, help="updates of the masks over the rise")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 

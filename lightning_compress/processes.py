@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,28 @@ def n_processes() -> int:
         1
     """
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process compute as if there were no others: what it runs inside waits for nobody.
+
+    Metrics exchange their states wherever a process group is initialized; one process alone would wait for ever.
+
+    Example:
+        >>> with alone():
+        ...     n_processes()
+        1
+    """
+    if n_processes() == 1:
+        yield
+        return
+    world = distributed.group.WORLD
+    distributed.group.WORLD = None
+    try:
+        yield
+    finally:
+        distributed.group.WORLD = world
 
 
 def collective_device() -> torch.device:
@@ -75,17 +98,29 @@ def check_alike(what: str, state: Any) -> None:
     Example:
         >>> check_alike("masks", {"conv": torch.ones(3)})
     """
-    if n_processes() == 1:
-        return
-    digests: list[str] = [""] * n_processes()
-    distributed.all_gather_object(digests, digest(state))
-    odd = [rank for rank, found in enumerate(digests) if found != digests[0]]
-    if odd:
+    if odd := odd_ranks(state):
         raise CompressionError(
-            f"The {what} of rank {', '.join(map(str, odd))} are not those of rank 0, so the processes have trained "
+            f"The {what} of rank {odd} are not those of rank 0, so the processes have trained "
             "different networks. Let every process take the same path through the training step, with weights that "
             "began alike."
         )
+
+
+def odd_ranks(state: Any) -> str:
+    """Return the ranks whose ``state`` is not that of rank 0, for a sentence; all must call it.
+
+    Args:
+        state: Any nesting of tensors and plain types.
+
+    Example:
+        >>> odd_ranks({"conv": torch.ones(3)})
+        ''
+    """
+    if n_processes() == 1:
+        return ""
+    digests: list[str] = [""] * n_processes()
+    distributed.all_gather_object(digests, digest(state))
+    return ", ".join(str(rank) for rank, found in enumerate(digests) if found != digests[0])
 
 
 def digest(state: Any) -> str:

@@ -24,6 +24,7 @@ LAYER = {
     "copying": 0,
     "compiled": -1,
     "errors": -1,
+    "unfinished": -1,
     "processes": 0,
     "settings": 0,
 }

@@ -142,7 +142,7 @@ def resumable(folder: Path) -> list[L.Callback]:
         KnowledgeDistillation(teacher, temperature=4.0, weight=0.7),
         MagnitudePruning(sparsity=0.8, start=0.1, end=0.4, update_every=1),
         QuantizationAwareTraining(start=0.5, freeze=0.75, observe_every=2),
-        OnnxExport(folder / "model.onnx", latency=False),
+        OnnxExport(folder / "model.onnx", metric="val_acc", latency=False),
     ]
 
 

@@ -305,8 +305,15 @@ class ChannelPruning(Compressor):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._random.is_training = False
+        self._random.interrupt()
         self._remove_tap()
+
+    @override
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # The module's `on_validation_start`, which comes before, may have swapped the weights, as a schedule-free
+        # optimizer asks for.
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._state.apply_(pl_module)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 
+from lightning_compress.callbacks.architecture import check_architecture
+
 COMPRESSION_KEY = "lightning_compress"
 """The one top-level key of a checkpoint under which all our state lies."""
 
@@ -145,6 +147,8 @@ class StateCarrier:
             self.own_load(checkpoint)
         else:
             type(self.pl_module).on_load_checkpoint(self.pl_module, checkpoint)
+        if COMPRESSION_KEY in checkpoint and "state_dict" in checkpoint:
+            check_architecture(self.pl_module, checkpoint["state_dict"])
         section = checkpoint.get(COMPRESSION_KEY, {})
         for key, (_, load) in self.states.items():
             load(section.get(key, {}))

@@ -123,7 +123,7 @@ class KnowledgeDistillation(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give back module and teacher: after an exception Lightning calls no ``teardown``."""
-        self._random.is_training = False
+        self._random.interrupt()
         self._release(pl_module)
 
     @override
@@ -290,6 +290,23 @@ class _DistilledBackward(_Wrapper):
 
 def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
     return method
+
+
+def uncover_own_methods(pl_module: pl.LightningModule) -> None:
+    """Take off a copy of a module, made during a fit, the methods of its class that stand where our wrappers stood.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> model = BoringModel()
+        >>> model.training_step = model.training_step
+        >>> uncover_own_methods(model)
+        >>> "training_step" in vars(model)
+        False
+    """
+    for kind in (_DistilledStep, _DistilledBackward):
+        found = vars(pl_module).get(kind.method)
+        if found is not None and found == getattr(type(pl_module), kind.method).__get__(pl_module):
+            delattr(pl_module, kind.method)
 
 
 def _take_off_silent_wrappers(pl_module: pl.LightningModule, method: str) -> None:

@@ -139,6 +139,36 @@ class ForwardTap:
         )
 
 
+def remove_copied_hooks(module: nn.Module) -> None:
+    """Take off ``module`` the deaf hooks that a copy or a pickle made during a fit has brought along.
+
+    Example:
+        >>> import copy
+        >>> net = nn.Linear(2, 1)
+        >>> tap = ForwardTap(net)
+        >>> copied = copy.deepcopy(net)
+        >>> remove_copied_hooks(copied)
+        >>> len(net._forward_hooks), len(copied._forward_hooks)
+        (1, 0)
+    """
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            ear = getattr(hook, "__self__", None)
+            if isinstance(ear, _Ear) and ear.log.is_copy:
+                _forget_hook(module, key)
+
+
+def _forget_hook(module: nn.Module, key: int) -> None:
+    for hooks in (
+        module._forward_hooks,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+        module._forward_pre_hooks,
+        module._forward_pre_hooks_with_kwargs,
+    ):
+        hooks.pop(key, None)
+
+
 @dataclass
 class _Frame:
     """A call that has not returned yet."""
@@ -158,12 +188,13 @@ class _Frame:
 class _CallLog:
     """What the hooks of one tap have heard; a copy is deaf and empty."""
 
+    is_copy: bool = False
     recording: bool = False
     calls: list[ForwardCall] = field(default_factory=list)
     frames: list[_Frame] = field(default_factory=list)
 
-    def __reduce__(self) -> tuple[type[_CallLog], tuple[()]]:
-        return _CallLog, ()
+    def __reduce__(self) -> tuple[type[_CallLog], tuple[bool]]:
+        return _CallLog, (True,)
 
     def clear(self) -> None:
         self.calls.clear()

@@ -35,6 +35,7 @@ from lightning_compress.export.onnx import write_onnx
 from lightning_compress.export.packing import storage_note
 from lightning_compress.export.parts import UnexportableError
 from lightning_compress.export.session import import_onnxruntime, open_session
+from lightning_compress.processes import alone, odd_ranks
 from lightning_compress.pruning.channels.state import ChannelState
 from lightning_compress.quantization import quantization_of, strip
 from lightning_compress.report import (
@@ -46,6 +47,7 @@ from lightning_compress.report import (
     model_statistics,
     plot_run,
 )
+from lightning_compress.unfinished import remove_leftovers, unfinished_folder
 
 READ_EVERY = 50
 """Steps between two readings of logged values: reading one waits for the device."""
@@ -117,6 +119,7 @@ class OnnxExport(Exporter):
         self._are_calls_validated = False
         self._has_stepped = False
         self._metric_before: float | None = None
+        self._metric_after: float | None = None
         self._last_step = -1
         self._unread: list[tuple[int, dict[str, Any]]] = []
         self._random = RandomState()
@@ -130,7 +133,9 @@ class OnnxExport(Exporter):
         self._random = attach_random_state(pl_module)
         import_onnxruntime()
         if trainer.is_global_zero and not _writes_nothing(trainer):
-            check_writable(self.path)
+            for path in (self.path, self.path.with_name("report.json"), self.path.with_name("report.png")):
+                check_writable(path)
+            remove_leftovers(_kept_weights(self.path))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -138,6 +143,7 @@ class OnnxExport(Exporter):
         self._tap = ForwardTap(pl_module, self.module)
         self._calls = []
         self._are_calls_validated = self._has_stepped = False
+        self._metric_after = None
         self._random.restore()
 
     @override
@@ -225,10 +231,17 @@ class OnnxExport(Exporter):
         self._random.is_training = False
         self._read()
         self._remove_tap()
+        # Not the buffers: batch norms may count on every process by themselves.
+        if odd := odd_ranks(dict(pl_module.named_parameters())):
+            rank_zero_warn(
+                f"The weights of rank {odd} are not those of rank 0, which `OnnxExport` writes: the processes have "
+                "trained different networks. It happens where parameters are unfrozen after the strategy has wrapped "
+                "the module, as by `BackboneFinetuning` under DDP, whose gradients are then never exchanged."
+            )
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._random.is_training = False
+        self._random.interrupt()
         self._remove_tap()
 
     @override
@@ -248,7 +261,7 @@ class OnnxExport(Exporter):
         try:
             self._export(trainer, pl_module)
         except BaseException:
-            _keep_weights(trainer, pl_module, self._target.with_name(f"{self._target.name}.ckpt"))
+            _keep_weights(trainer, pl_module, _kept_weights(self._target))
             raise
 
     @override
@@ -332,14 +345,16 @@ class OnnxExport(Exporter):
         return shrunk
 
     def _collect_by_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Run the user's validation for inputs: a run that had ended before it was resumed makes no step."""
-        source = trainer.fit_loop.epoch_loop.val_loop._data_source
-        if not source.is_defined() or trainer.world_size > 1 or not trainer.enable_validation:
+        """Run the user's validation for inputs and metric: a run that had ended before it was resumed makes no step.
+
+        It runs on this process alone.
+        """
+        loaders = _validation_loaders(trainer)
+        if loaders is None:
             return
         module = copy_of(pl_module)
         self._tap = ForwardTap(module, self.module)
-        with quiet_lightning():
-            _own_trainer(trainer, [_Listener(self)]).validate(module, dataloaders=source.dataloader(), verbose=False)
+        self._metric_after = _validated(_own_trainer(trainer, [_Listener(self)]), module, loaders, self.metric)
         self._remove_tap()
 
     def _measured(
@@ -398,7 +413,8 @@ class OnnxExport(Exporter):
     def _metric(self, trainer: pl.Trainer, chosen: pl.LightningModule) -> Metric:
         assert self.metric is not None
         after = _number(trainer.callback_metrics.get(self.metric))
-        if trainer.val_dataloaders is None or trainer.world_size > 1:
+        after = self._metric_after if after is None else after
+        if _validation_loaders(trainer) is None or trainer.world_size > 1:
             return Metric(self.metric, self._metric_before, after)
         return Metric(self.metric, self._metric_before, after, self._metric_of_file(trainer, chosen))
 
@@ -408,9 +424,7 @@ class OnnxExport(Exporter):
         assert self.metric is not None
         module = copy_of(chosen)
         vars(module.get_submodule(self._called))["forward"] = FileForward(self._target, self.result)
-        with quiet_lightning():
-            found = _own_trainer(trainer).validate(module, dataloaders=trainer.val_dataloaders, verbose=False)
-        return next((float(row[self.metric]) for row in found if self.metric in row), None)
+        return _validated(_own_trainer(trainer), module, _validation_loaders(trainer), self.metric)
 
     def _chosen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
         if self.weights == "last":
@@ -440,6 +454,10 @@ class OnnxExport(Exporter):
             rank_zero_info(f"No picture of the run was made: {error}")
 
 
+def _kept_weights(path: Path) -> Path:
+    return path.with_name(f"{path.name}.ckpt")
+
+
 def _keep_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> None:
     """Write the trained weights after a failed export, and tell; the export's own error is the one to raise."""
     try:
@@ -466,7 +484,23 @@ class _Listener(pl.Callback):
     @override
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         self.export.on_validation_batch_end(trainer, *args, **kwargs)
-        trainer.should_stop = not self.export._wants_more()
+        # A metric is one of all batches.
+        trainer.should_stop = self.export.metric is None and not self.export._wants_more()
+
+
+def _validation_loaders(trainer: pl.Trainer) -> Any:
+    """Return the loaders of the fit's validation, made anew where no step has needed them yet; None without any."""
+    if trainer.val_dataloaders is not None:
+        return trainer.val_dataloaders
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    return source.dataloader() if source.is_defined() and trainer.enable_validation else None
+
+
+def _validated(trainer: pl.Trainer, module: pl.LightningModule, loaders: Any, metric: str | None) -> float | None:
+    """Run the user's validation, on this process alone, and return the metric."""
+    with quiet_lightning(), alone():
+        found = trainer.validate(module, dataloaders=loaders, verbose=False)
+    return next((float(row[metric]) for row in found if metric is not None and metric in row), None)
 
 
 def _own_trainer(trainer: pl.Trainer, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
@@ -485,7 +519,7 @@ def _own_trainer(trainer: pl.Trainer, callbacks: Sequence[pl.Callback] = ()) -> 
 
 
 def check_writable(path: Path) -> None:
-    """Check, by writing an empty file and removing it, that a file can be written at ``path``.
+    """Check, by making an empty folder next to it and removing it, that a file can be written at ``path``.
 
     Raises:
         ValueError: If it cannot; before the training rather than after it.
@@ -496,8 +530,7 @@ def check_writable(path: Path) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+        with unfinished_folder(path):
             pass
     except OSError as error:
         raise ValueError(

@@ -221,6 +221,13 @@ class MagnitudePruning(Compressor):
             self._logged = self._counted
 
     @override
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # The module's `on_validation_start`, which comes before, may have swapped the weights, as a schedule-free
+        # optimizer asks for.
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._state.apply_(self._weights(pl_module))
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._random.is_training = False
         # `WeightAveraging` has just put the average in the weights' place, if it comes before this callback.
@@ -230,7 +237,7 @@ class MagnitudePruning(Compressor):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._random.is_training = False
+        self._random.interrupt()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

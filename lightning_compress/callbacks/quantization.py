@@ -327,7 +327,7 @@ class QuantizationAwareTraining(Compressor):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._random.is_training = False
+        self._random.interrupt()
         if self._slot.quantization is not None:
             self._slot.quantization.is_observing = False
         self._thaw()

@@ -58,6 +58,13 @@ class RandomState:
         self.is_training = True
         self._loaded = None
 
+    def interrupt(self) -> None:
+        """Tell that an error has ended the fit: checkpoints that others write about it hold the state too.
+
+        Not those of several processes: the one that failed would wait for the others, which know nothing of it.
+        """
+        self.is_training = self.is_training and n_processes() == 1
+
 
 def attach_random_state(pl_module: pl.LightningModule) -> RandomState:
     """Make the state of the random numbers travel in checkpoints of ``pl_module``; return what holds it.
@@ -70,6 +77,7 @@ def attach_random_state(pl_module: pl.LightningModule) -> RandomState:
     """
     state = attached_state(pl_module, STATE_KEY, RandomState) or RandomState()
     state.load({})  # what a test loaded before this fit is not for it
+    state.is_training = False
     attach_state(pl_module, STATE_KEY, state.save, state.load)
     return state
 

@@ -7,12 +7,15 @@ from torch import nn
 
 from lightning_compress import quantization
 from lightning_compress.callbacks.checkpoint import detach_states
+from lightning_compress.callbacks.distillation import uncover_own_methods
+from lightning_compress.callbacks.forward_tap import remove_copied_hooks
 
 
 def strip(module: nn.Module) -> nn.Module:
     """Take every rewritten forward and every attached state off ``module``; its weights stay what training made them.
 
-    Pruned weights stay zeros. Checkpoints written afterwards hold no ranges and no masks.
+    Pruned weights stay zeros. Checkpoints written afterwards hold no ranges and no masks. Of a copy or a pickle that
+    was made during a fit, it takes what belongs to the fit too.
 
     Args:
         module: A module that was compressed, or any other.
@@ -28,6 +31,8 @@ def strip(module: nn.Module) -> nn.Module:
     """
     quantization.strip(module)
     for submodule in module.modules():
+        remove_copied_hooks(submodule)
         if isinstance(submodule, pl.LightningModule):
             detach_states(submodule)
+            uncover_own_methods(submodule)
     return module

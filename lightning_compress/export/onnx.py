@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from lightning_compress.export.arguments import (
 )
 from lightning_compress.export.audit import AuditReport, audit
 from lightning_compress.export.lowering import grid_of, lower
-from lightning_compress.export.model_file import write_model
+from lightning_compress.export.model_file import move_model, write_model
 from lightning_compress.export.packing import pack_weights_, storage_note
 from lightning_compress.export.parity import ParityReport, compare_outputs, first_difference
 from lightning_compress.export.parts import UnexportableError, exportable_part, obstacle, untranslated
@@ -37,6 +36,7 @@ from lightning_compress.export.session import import_onnxruntime, open_session, 
 from lightning_compress.export.translation import keep_in_float_, rename_, turn_weights_
 from lightning_compress.quantization import quantization_of
 from lightning_compress.quantization.state import check_finite_weights
+from lightning_compress.unfinished import unfinished_folder
 
 MIN_SNR_DB_INTEGER = 20.0
 """Under this signal-to-noise ratio an integer file does not compute the model: integer kernels round ties otherwise
@@ -122,18 +122,18 @@ def export_onnx(
     check_finite_weights(model)
     batches = [as_arguments(inputs) for inputs in verify_inputs] or [as_arguments(example_inputs)]
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with as_written(), tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
+    with as_written(), unfinished_folder(path) as folder:
         tell("writing the ONNX file")
-        written = write_onnx(model, example_inputs, Path(folder) / path.name)
+        written = write_onnx(model, example_inputs, folder / path.name)
         tell("verifying it in ONNX Runtime")
         failed = path.with_name(f"{path.stem}.failed")
         try:
             report = _verify(model, written, batches, failed / path.name)
         except ExportError:
-            _move_files(Path(folder), failed)
+            failed.mkdir(exist_ok=True)
+            move_model(written.path, failed / path.name)
             raise
-        _move_files(Path(folder), path.parent)
+        move_model(written.path, path)
     tell("reading what runs in integers")
     return ExportResult(
         path,
@@ -274,13 +274,6 @@ def _verify(
             + f"It is kept for inspection as `{kept}`."
         )
     return report
-
-
-def _move_files(folder: Path, target: Path) -> None:
-    """Move what lies in ``folder``, weights first, over files of the same names in ``target``."""
-    target.mkdir(exist_ok=True)
-    for path in sorted(folder.iterdir(), key=lambda path: path.suffix != ".data"):
-        os.replace(path, target / path.name)
 
 
 def _tensors_for(session: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

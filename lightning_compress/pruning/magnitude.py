@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,6 +13,12 @@ from torch import Tensor
 
 Scope = Literal["global", "layer", "lamp"]
 """How layers compare: by one magnitude threshold for all, each layer to the same sparsity, or by LAMP scores."""
+
+CHUNK = 2**16
+"""Entries that are worked on at a time: what is made of them stays in the processor's caches, in memory used again."""
+
+SAMPLE_EVERY = 64
+"""One entry of so many is looked at to tell about where the k-th smallest lies."""
 
 
 def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
@@ -62,10 +69,11 @@ def magnitude_masks(weights: Mapping[str, Tensor], sparsity: float, scope: Scope
         >>> magnitude_masks(weights, 0.5, scope="layer")
         {'a': tensor([False,  True]), 'b': tensor([False,  True])}
     """
-    scores = magnitudes(weights)
+    values = {name: weight.detach() for name, weight in weights.items()}
+    check_finite(values)
     if scope == "lamp":
-        scores = {name: lamp_scores(values) for name, values in scores.items()}
-    return masks_from_scores(scores, sparsity, scope)
+        return _lamp_masks(values, sparsity)
+    return masks_from_scores(values, sparsity, scope)
 
 
 def lamp_scores(weight: Tensor) -> Tensor:
@@ -109,22 +117,35 @@ def magnitudes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         >>> magnitudes({"a": torch.tensor([-1.0, 2.0])})
         {'a': tensor([1., 2.])}
     """
-    absolute = {name: weight.detach().abs() for name, weight in weights.items()}
-    for name, values in absolute.items():
-        # The maximum hands NaN on, so one pass over the values finds both.
-        if values.numel() and not torch.isfinite(values.amax()):
+    check_finite(weights)
+    return {name: weight.detach().abs() for name, weight in weights.items()}
+
+
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Check that ``weights`` can be ranked.
+
+    Args:
+        weights: Tensors of any shape by layer name.
+
+    Raises:
+        ValueError: If a weight holds NaN or infinity.
+
+    Example:
+        >>> check_finite({"a": torch.tensor([-1.0, 2.0])})
+    """
+    for name, weight in weights.items():
+        if not _is_finite(weight.detach()):
             raise ValueError(
                 f"The weight of layer `{name}` holds NaN or infinity, so its entries cannot be ranked. "
                 "The training has diverged: lower the learning rate or clip the gradients."
             )
-    return absolute
 
 
 def masks_from_scores(scores: Mapping[str, Tensor], sparsity: float, scope: Scope = "global") -> dict[str, Tensor]:
     """Drop the entries with the smallest scores.
 
     Args:
-        scores: Non-negative tensors by layer name, without NaN; infinity marks entries that must stay.
+        scores: Tensors by layer name, without NaN; their magnitudes count, infinity marks entries that must stay.
         sparsity: Fraction of all entries to drop, in [0, 1].
         scope: ``"layer"`` compares scores inside each layer, any other across layers.
 
@@ -150,32 +171,151 @@ def masks_from_scores(scores: Mapping[str, Tensor], sparsity: float, scope: Scop
 
 def _keep_largest(scores: Sequence[Tensor], n_dropped: int) -> list[Tensor]:
     if n_dropped == 0:
-        return [torch.ones_like(values, dtype=torch.bool) for values in scores]
-    flat = torch.cat([values.flatten() for values in scores])
-    threshold = _kth_smallest(flat, n_dropped)
-    mask = flat > threshold
-    # Of the entries equal to the threshold, the last ones stay, as many as are still missing.
-    n_missing = flat.numel() - n_dropped - int(torch.count_nonzero(mask))
-    if n_missing:
-        mask[(flat == threshold).nonzero().flatten()[-n_missing:]] = True
-    masks: list[Tensor] = []
-    start = 0
-    for values in scores:
-        masks.append(mask[start : start + values.numel()].view(values.shape).clone())
-        start += values.numel()
+        return [torch.ones_like(values, dtype=torch.bool, memory_format=torch.contiguous_format) for values in scores]
+    n_kept = sum(values.numel() for values in scores) - n_dropped
+    return _keep_above(scores, _kth_smallest(scores, n_dropped), n_kept)
+
+
+def _keep_above(scores: Sequence[Tensor], threshold: float, n_kept: int) -> list[Tensor]:
+    """Keep what is larger than ``threshold``; of the entries equal to it the last ones, as many as are missing."""
+    masks = [_is_above(values, threshold) for values in scores]
+    n_missing = n_kept - sum(map(_count, masks))
+    for values, mask in zip(reversed(scores), reversed(masks), strict=True):
+        if n_missing == 0:
+            break
+        equal = (_magnitudes_of([values]) == threshold).nonzero().flatten()[-n_missing:]
+        mask.view(-1)[equal] = True
+        n_missing -= equal.numel()
     return masks
 
 
-def _kth_smallest(values: Tensor, k: int) -> Tensor:
-    """Return the k-th smallest of values from 0 on, k from 1; quick selection on the CPU, a sort elsewhere."""
+def _is_above(values: Tensor, threshold: float) -> Tensor:
     if values.device.type != "cpu":
-        return values.sort().values[k - 1]
-    # Most entries are zeros once a network is pruned, and many equal values make the selection slow.
-    n_zeros = values.numel() - int(torch.count_nonzero(values))
+        return (_magnitudes_of([values]) > threshold).view(values.shape)
+    mask = np.empty(values.numel(), dtype=bool)
+    for start, chunk in _magnitude_chunks(values):
+        np.greater(chunk, threshold, out=mask[start : start + chunk.size])
+    return torch.from_numpy(mask).view(values.shape)
+
+
+def _kth_smallest(scores: Sequence[Tensor], k: int) -> float:
+    """Return the k-th smallest magnitude, k from 1: it is bracketed by a sample, and selected inside the bracket.
+
+    Python's floats hold every magnitude exactly.
+    """
+    total = sum(values.numel() for values in scores)
+    if total < CHUNK or any(values.device.type != "cpu" for values in scores):
+        return _kth_of(_magnitudes_of(scores), k)
+    sample = np.sort(_magnitudes_of([values.flatten()[::SAMPLE_EVERY] for values in scores]).numpy())
+    share = k / total
+    # Four standard deviations of the rank in a random sample; where it is not random enough, all is looked at.
+    margin = 4.0 * math.sqrt(len(sample) * share * (1.0 - share)) + 1.0
+    first, last = math.floor(share * len(sample) - margin), math.ceil(share * len(sample) + margin)
+    low = float(sample[first]) if first >= 0 else -1.0
+    high = float(sample[last]) if last < len(sample) else math.inf
+    n_below, candidates = 0, []
+    for values in scores:
+        for _, chunk in _magnitude_chunks(values):
+            is_above = chunk > low
+            n_below += chunk.size - int(np.count_nonzero(is_above))
+            candidates.append(chunk[is_above & (chunk <= high)])
+    if k <= n_below and low == 0.0:
+        return 0.0  # most entries are zeros once a network is pruned
+    inside = np.concatenate(candidates)
+    if not n_below < k <= n_below + inside.size:
+        return _kth_of(_magnitudes_of(scores), k)
+    return _kth_of(torch.from_numpy(inside), k - n_below)
+
+
+def _kth_of(values: Tensor, k: int) -> float:
+    if values.device.type != "cpu":
+        return float(values.sort().values[k - 1])
+    array = values.numpy()
+    # Many equal values make the selection slow.
+    n_zeros = array.size - int(np.count_nonzero(array))
     if k <= n_zeros:
-        return values.new_zeros(1)
+        return 0.0
     if n_zeros:
-        values, k = values[values > 0], k - n_zeros
-    # numpy has no bfloat16; float32 holds every smaller format exactly.
-    comparable = values if values.dtype == torch.float64 else values.float()
-    return torch.from_numpy(np.partition(comparable.numpy(), k - 1)[k - 1 : k]).to(values.dtype)
+        array, k = array[array > 0], k - n_zeros
+    return float(np.partition(array, k - 1)[k - 1])
+
+
+def _lamp_masks(weights: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+    """Return `masks_from_scores` of `lamp_scores`, by one sort of the values of each layer that are not zero.
+
+    In a layer the scores rise with the magnitudes, so how many of them stay tells which.
+    """
+    total = sum(values.numel() for values in weights.values())
+    n_kept = total - round(sparsity * total)
+    if n_kept == 0:
+        return masks_from_scores(weights, sparsity)
+    largest_first = [_positive_largest_first(values) for values in weights.values()]
+    scores = [_lamp_scores_of_sorted(values) for values in largest_first]
+    n_positive = sum(values.numel() for values in scores)
+    threshold = 0.0 if n_kept >= n_positive else _kth_smallest(scores, n_positive - n_kept)
+    counts = [_count(_is_above(values, threshold)) for values in scores]
+    if sum(counts) != n_kept:  # some scores are equal, and their places in the weights decide
+        return masks_from_scores({name: lamp_scores(values) for name, values in weights.items()}, sparsity)
+    return {
+        name: _keep_above([values], float(order[count]) if count < order.numel() else 0.0, count)[0]
+        for (name, values), order, count in zip(weights.items(), largest_first, counts, strict=True)
+    }
+
+
+def _lamp_scores_of_sorted(values: Tensor) -> Tensor:
+    """Return `lamp_scores` of positive values that begin with the largest."""
+    if values.device.type != "cpu":
+        squares = values.double().square()
+        no_smaller = squares.cumsum(0)
+        return torch.where(no_smaller > 0.0, squares / no_smaller, 0.0)
+    scores = np.square(values.numpy(), dtype=np.float64)
+    sums = np.cumsum(scores)
+    np.divide(scores, sums, out=scores, where=sums > 0.0)  # squares may underflow to zeros
+    return torch.from_numpy(scores)
+
+
+def _positive_largest_first(values: Tensor) -> Tensor:
+    if values.device.type != "cpu":
+        found = _magnitudes_of([values])
+        return found[found > 0].sort(descending=True).values
+    positive = [chunk[chunk > 0] for _, chunk in _magnitude_chunks(values)]
+    ascending = np.concatenate(positive) if positive else np.empty(0, np.float32)
+    ascending.sort()
+    return torch.from_numpy(ascending[::-1].copy())
+
+
+# On the CPU all passes over the weights are numpy's: of one thread, they never wait for another one that the system has
+# given to somebody else, and there are many passes, each shorter than such a wait.
+
+
+def _count(mask: Tensor) -> int:
+    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.count_nonzero())
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Tell whether all entries are finite; a maximum hands NaN on."""
+    if weight.device.type != "cpu":
+        return bool(torch.isfinite(weight).all())
+    return all(bool(np.isfinite(chunk.max())) for _, chunk in _magnitude_chunks(weight))
+
+
+def _magnitudes_of(scores: Sequence[Tensor]) -> Tensor:
+    flat = [_comparable(values.flatten()) for values in scores]
+    if any(values.device.type != "cpu" for values in flat):
+        return torch.cat(flat).abs_()
+    joined = np.concatenate([values.numpy() for values in flat])
+    return torch.from_numpy(np.abs(joined, out=joined))
+
+
+def _magnitude_chunks(values: Tensor) -> Iterator[tuple[int, Any]]:
+    """Yield positions and magnitudes part by part, as numpy arrays; each part is overwritten by the next."""
+    flat = values.flatten()
+    memory = _comparable(flat[:0]).new_empty(min(CHUNK, flat.numel())).numpy()
+    for start in range(0, flat.numel(), CHUNK):
+        chunk = _comparable(flat[start : start + CHUNK]).numpy()
+        yield start, np.abs(chunk, out=memory[: chunk.size])
+
+
+def _comparable(values: Tensor) -> Tensor:
+    """Return the values as float64 or float32, which holds every smaller format exactly; numpy has no bfloat16."""
+    return values if values.dtype == torch.float64 else values.float()

@@ -33,27 +33,43 @@ def apply_masks_(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> 
         _keep_bits_(weights[name], keep_bits(mask, weights[name]))
 
 
-def keep_bits(mask: Tensor, weight: Tensor) -> Tensor:
+def keep_bits(mask: Tensor, weight: Tensor, memory: Tensor | None = None) -> Tensor:
     """Return whole numbers as wide as ``weight``'s, all bits set where ``mask`` is: their conjunction is the quickest.
 
     Args:
         mask: Boolean tensor, shaped like ``weight``.
         weight: What is to be masked.
+        memory: What an earlier call returned for such a weight, to be overwritten: fresh memory costs more than the
+            numbers in it.
 
     Example:
         >>> keep_bits(torch.tensor([True, False]), torch.ones(2))
         tensor([-1,  0], dtype=torch.int32)
     """
-    return -mask.to(device=weight.device, dtype=_WHOLE[weight.element_size()])
+    if memory is None or not _is_for(memory, weight):
+        memory = torch.empty(mask.shape, dtype=_WHOLE[weight.element_size()], device=weight.device)
+    if memory.device.type == "cpu":
+        np.negative(mask.cpu().view(torch.int8).numpy(), out=memory.numpy(), dtype=memory.numpy().dtype)
+        return memory
+    return memory.copy_(mask).neg_()
 
 
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def _is_for(bits: Tensor, weight: Tensor) -> bool:
+    return bits.device == weight.device and bits.element_size() == weight.element_size() and bits.shape == weight.shape
+
+
 @torch.no_grad()
 def _keep_bits_(weight: Tensor, bits: Tensor) -> None:
     # The zero is +0.0, also where the weight was negative, infinite or NaN.
-    weight.view(bits.dtype).bitwise_and_(bits)
+    whole = weight.detach().view(bits.dtype)
+    if whole.device.type == "cpu":
+        # As in the making of masks: one thread waits for nobody, and memory, not arithmetic, is the limit.
+        np.bitwise_and(whole.numpy(), bits.numpy(), out=whole.numpy())
+    else:
+        whole.bitwise_and_(bits)
 
 
 @torch.no_grad()
@@ -77,12 +93,15 @@ def clear_optimizer_state_(optimizer: Optimizer, weights: Mapping[str, Tensor], 
         tensor([1., 0.])
     """
     for name, mask in masks.items():
-        weight = weights[name]
-        if weight not in optimizer.state:
-            continue  # reading a missing key of this defaultdict would add it
-        for value in optimizer.state[weight].values():
-            if isinstance(value, Tensor) and value.shape == weight.shape:
-                value.mul_(mask.to(value.device))
+        for value in _remembered(optimizer, weights[name]):
+            _keep_bits_(value, keep_bits(mask, value))
+
+
+def _remembered(optimizer: Optimizer, weight: Tensor) -> list[Tensor]:
+    if weight not in optimizer.state:
+        return []  # reading a missing key of this defaultdict would add it
+    values = optimizer.state[weight].values()
+    return [value for value in values if isinstance(value, Tensor) and value.shape == weight.shape]
 
 
 class PruningState:
@@ -111,7 +130,7 @@ class PruningState:
         self.masks: dict[str, Tensor] = {}
         self.complete = False
         self.settings: dict[str, Any] = {}
-        self._bits: dict[str, tuple[Tensor, Tensor]] = {}
+        self._bits: dict[str, tuple[Tensor | None, Tensor | None, Tensor | None]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_bits": {}}
@@ -136,9 +155,12 @@ class PruningState:
             [1.0, 0.0]
         """
         for name, mask in self.masks.items():
-            _keep_bits_(weights[name], self._bits_for(name, mask, weights[name]))
-        for optimizer in optimizers:
-            clear_optimizer_state_(optimizer, weights, self.masks)
+            bits = self._bits_for(name, mask, weights[name])
+            if bits is None:
+                continue
+            _keep_bits_(weights[name], bits)
+            for value in (value for optimizer in optimizers for value in _remembered(optimizer, weights[name])):
+                _keep_bits_(value, bits if _is_for(bits, value) else keep_bits(mask, value))
 
     def is_obeyed(self, weights: Mapping[str, Tensor]) -> bool:
         """Tell whether ``weights`` are zero wherever the masks say so.
@@ -155,12 +177,12 @@ class PruningState:
         """Free the memory that applying the masks in every step takes."""
         self._bits = {}
 
-    def _bits_for(self, name: str, mask: Tensor, weight: Tensor) -> Tensor:
-        """Return `keep_bits` of a mask, made once as long as the mask and the weight's place stay."""
-        known, bits = self._bits.get(name, (None, mask))
-        if known is not mask or bits.device != weight.device or bits.element_size() != weight.element_size():
-            bits = keep_bits(mask, weight)
-            self._bits[name] = mask, bits
+    def _bits_for(self, name: str, mask: Tensor, weight: Tensor) -> Tensor | None:
+        """Return `keep_bits` of a mask, made once as long as the mask and the weight's place stay; None if all stay."""
+        known, bits, memory = self._bits.get(name, (None, None, None))
+        if known is not mask or (bits is not None and not _is_for(bits, weight)):
+            bits = None if mask.all() else keep_bits(mask, weight, memory)
+            self._bits[name] = mask, bits, memory if bits is None else bits
         return bits
 
     def save(self) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
+from lightning_compress.unfinished import remove_leftovers
+
 
 @contextmanager
 def written_whole(path: str | PathLike[str]) -> Iterator[Path]:
@@ -32,6 +34,7 @@ def written_whole(path: str | PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -213,6 +213,19 @@ def test_a_path_that_is_a_folder_is_refused_before_the_training(tmp_path: Path) 
     assert trainer.global_step == 0
 
 
+@pytest.mark.parametrize("name", ["report.json", "report.png"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_training(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    trainer = quiet_trainer(tmp_path, [OnnxExport(tmp_path / "model.onnx")])
+    with pytest.raises(ValueError, match="cannot write") as caught:
+        trainer.fit(LayersOnSelf(), loader())
+    assert str(caught.value) == (
+        f"`OnnxExport` cannot write {tmp_path / name}: {tmp_path / name} is a folder. "
+        "Choose a path in a folder you may write to."
+    )
+    assert trainer.global_step == 0
+
+
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write") as caught:

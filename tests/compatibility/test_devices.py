@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import onnx
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -17,6 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from benchmarks.kill_and_resume import is_equal
 from lightning_compress import load_compressed_state
 from lightning_compress.errors import CompressionError
+from lightning_compress.pruning.state import unpack_mask
 from tests.compatibility.runs import LIGHTNING_NOISE, assert_ships
 from tests.compatibility.table import refused, works
 from tests.compatibility.two_processes import MODULES
@@ -114,9 +116,28 @@ def test_two_processes_compute_what_one_computes(tmp_path: Path) -> None:
         torch.testing.assert_close(found_range, expected_range, rtol=0, atol=1e-5)
 
 
+@works(AREA, "`ChannelPruning` under DDP", "the same channels in both processes, by gradients of both")
+def test_two_processes_prune_the_same_channels(tmp_path: Path) -> None:
+    found = run(tmp_path, "LayersOnSelf", channels="taylor")
+    first, second = found.dumps
+    for name in ("quantization", "pruning", "steps", "state_dict"):
+        assert is_equal(first[name], second[name]), name
+    assert first["pruning"]["complete"]
+    n_kept = sum(int(unpack_mask(bits, [8]).sum()) for bits in first["pruning"]["kept"])
+    assert n_kept < 8
+    assert found.has_exported == [True, False]
+    shapes = {tuple(item.dims) for item in onnx.load(tmp_path / "model.onnx").graph.initializer if len(item.dims) == 4}
+    assert shapes == {(n_kept, 1, 3, 3), (n_kept, n_kept, 3, 3)}
+
+
 @works(AREA, "a last batch that is smaller, 4 bits")
 def test_uneven_last_batches(tmp_path: Path) -> None:
     assert_alike(run(tmp_path, "LayersOnSelf", n_images=61, bits=4), "LayersOnSelf")
+
+
+@works(AREA, "a last batch that is smaller in one process than in the other: 31 and 30 images, padded by nobody")
+def test_last_batches_that_differ_between_processes(tmp_path: Path) -> None:
+    assert_alike(run(tmp_path, "LayersOnSelf", n_images=61, is_padded=False), "LayersOnSelf")
 
 
 @works(AREA, "other shapes in each process, in a module that decides by them")
@@ -133,6 +154,32 @@ def test_two_processes_are_resumed_to_the_bit(tmp_path: Path) -> None:
         assert is_equal(found, expected)
     assert resumed.metrics == whole.metrics
     assert (tmp_path / "resumed" / "model.onnx").read_bytes() == (tmp_path / "whole" / "model.onnx").read_bytes()
+
+
+@works(
+    AREA,
+    "weights that differ between the processes (plain Lightning's `BackboneFinetuning` under DDP makes such)",
+    "a warning names the ranks and says that those of rank 0 are written",
+)
+def test_weights_that_differ_between_processes_are_named(tmp_path: Path) -> None:
+    sentence = "The weights of rank 1 are not those of rank 0, which `OnnxExport` writes: the processes have trained"
+    assert sentence in run(tmp_path / "drifts", "Drifts").errors
+    assert "The weights of rank" not in run(tmp_path / "alike", "LayersOnSelf").errors
+
+
+@works(
+    AREA,
+    "resuming under DDP a run that had ended, as after a kill in the export",
+    "the first process validates alone, for the inputs of the file",
+)
+def test_two_processes_that_had_ended_are_only_exported(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", "WithMetric")
+    resumed = run(tmp_path / "resumed", "WithMetric", ckpt_path=str(tmp_path / "whole" / "kept" / "step=16.ckpt"))
+    assert_alike(resumed, "WithMetric")
+    for found, expected in zip(resumed.dumps, whole.dumps, strict=True):
+        assert is_equal(found, expected)
+    assert (tmp_path / "resumed" / "model.onnx").read_bytes() == (tmp_path / "whole" / "model.onnx").read_bytes()
+    assert json.loads((tmp_path / "resumed" / "report.json").read_text())["metrics"][0]["after"] is not None
 
 
 @refused(AREA, "`ModelParallelStrategy` (FSDP2), and all others that split weights", 'use `strategy="ddp"`')

@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from benchmarks.kill_and_resume import is_equal
 from lightning_compress import MagnitudePruning, QuantizationAwareTraining, strip
 from lightning_compress.errors import CompressionError
+from lightning_compress.pruning.weights import prunable_weights
 from lightning_compress.quantization import quantization_of
 from tests.compatibility.runs import (
     LIGHTNING_NOISE,
+    SPARSITY,
     Run,
     assert_compressed,
     assert_ships,
@@ -677,3 +679,47 @@ def test_a_trainer_of_the_other_package_is_refused(position: int, tmp_path: Path
         "`pytorch_lightning`, whose classes are others of the same names. Write `import lightning.pytorch as pl` "
         "instead of `import pytorch_lightning as pl`, for the Trainer and for the LightningModule."
     )
+
+
+class SwapsWeights(torch.optim.SGD):
+    """Has other weights for evaluation than for training, as schedule-free optimizers."""
+
+    def eval(self) -> None:
+        self._move(0.001)
+
+    def train(self) -> None:
+        self._move(-0.001)
+
+    @torch.no_grad()
+    def _move(self, distance: float) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(distance)
+
+
+class ScheduleFree(LayersOnSelf):
+    """Swaps where such an optimizer asks for it, and counts the zeros that validation sees."""
+
+    zeros = 0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return SwapsWeights(self.parameters(), lr=0.05, momentum=0.9)
+
+    def on_validation_start(self) -> None:
+        self.optimizers().optimizer.eval()  # type: ignore[union-attr]
+
+    def on_validation_epoch_end(self) -> None:
+        self.zeros = sum(int((weight == 0).sum()) for weight in prunable_weights(self).values())
+
+    def on_validation_end(self) -> None:
+        self.optimizers().optimizer.train()  # type: ignore[union-attr]
+
+
+@works(
+    "Optimization",
+    "optimizers that swap the weights for evaluation (schedule-free)",
+    "the masks hold in both; what the optimizer makes one from the other of is masked at every update of the masks",
+)
+def test_weights_that_are_swapped_for_evaluation_are_masked(tmp_path: Path) -> None:
+    run = fit(tmp_path, module := ScheduleFree())
+    assert_compressed(run)
+    assert module.zeros == round(SPARSITY * sum(weight.numel() for weight in prunable_weights(module).values()))

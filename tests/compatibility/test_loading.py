@@ -217,6 +217,30 @@ def test_a_checkpoint_of_another_architecture_is_refused(saved: Saved) -> None:
         assert difference in str(caught.value)
 
 
+@refused(AREA, "resuming from a checkpoint of another architecture", "what only one of the two has is named")
+def test_a_run_is_not_resumed_with_another_architecture(saved: Saved, tmp_path: Path) -> None:
+    for module, differences in (
+        (
+            LayersOnSelf(12),
+            "`conv1.weight` has the shape (8, 1, 3, 3) in the checkpoint and (12, 1, 3, 3) in the model, "
+            "`bn1.weight` has the shape (8,) in the checkpoint and (12,) in the model, "
+            "`bn1.bias` has the shape (8,) in the checkpoint and (12,) in the model and 9 more",
+        ),
+        (
+            TwoNetworks(),
+            "only the checkpoint has `conv1.weight`, `bn1.weight`, `bn1.bias` and 12 more; "
+            "only the model has `encoder.conv.weight`, `encoder.norm.weight`, `encoder.norm.bias` and 7 more",
+        ),
+    ):
+        trainer = quiet_trainer(tmp_path, all_callbacks(tmp_path)[1:3], max_epochs=4)
+        with pytest.raises(CompressionError) as caught:
+            trainer.fit(module, loader(), loader(16, seed=1), ckpt_path=saved.folder / "whole.ckpt")
+        assert str(caught.value) == (
+            f"The checkpoint was written for another architecture than this `{type(module).__name__}`: {differences}. "
+            "Build the model as it was in the run that wrote the checkpoint."
+        )
+
+
 @refused(AREA, "`test` of a module that was quantized with other settings", "every difference is told")
 def test_a_module_of_other_settings_is_refused_in_test(saved: Saved, tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, [QuantizationAwareTraining(weight_bits=4)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -147,13 +148,80 @@ def test_a_stateful_loader_goes_on_inside_an_epoch(kind: type[LayersOnSelf], ste
     assert_same(resumed, whole)
 
 
-@works("Stopping and resuming", "a run that had ended, as after a kill in the export", "validation gives the inputs")
+@works("Stopping and resuming", "`save_last=True` and `fit(ckpt_path='last')` in a new Trainer")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_new_trainer_finds_the_last_checkpoint(tmp_path: Path) -> None:
+    _, whole = run(tmp_path / "whole")
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    module = Noisy()
+    keep = ModelCheckpoint(tmp_path, save_last=True)
+    first = quiet_trainer(tmp_path, [*resumable(tmp_path), keep, StopsAfterAnEpoch()], enable_checkpointing=True)
+    with pytest.raises(ZeroDivisionError):
+        first.fit(module, shuffled(), loader(16, seed=1))
+    again = ModelCheckpoint(tmp_path, save_last=True)
+    resumed = quiet_trainer(tmp_path, [*resumable(tmp_path), again], enable_checkpointing=True)
+    resumed.fit(Noisy(), shuffled(), loader(16, seed=1), ckpt_path="last", weights_only=True)
+    assert_same(resumed, whole)
+
+
+class StopsAfterAnEpoch(L.Callback):
+    """Ends the program as a kill would, before the second epoch."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            raise ZeroDivisionError
+
+
+class Fails(Noisy):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == 11:
+            raise ZeroDivisionError
+
+
+KEPT_ON_AN_ERROR: dict[str, Callable[[Path], L.Callback]] = {
+    "ModelCheckpoint(save_on_exception=True)": lambda folder: ModelCheckpoint(
+        folder, "failed", save_on_exception=True, save_top_k=0
+    ),
+    "OnExceptionCheckpoint": lambda folder: OnExceptionCheckpoint(folder, "failed"),
+}
+
+
+@works(
+    "Stopping and resuming",
+    "a checkpoint written on an exception (`save_on_exception=True`, `OnExceptionCheckpoint`)",
+    "holds the random numbers too, except of several processes; Lightning goes on after the batch that failed",
+)
+@pytest.mark.filterwarnings("ignore:`?.fit.ckpt_path=")  # Lightning looks for a last checkpoint of its own
+@pytest.mark.parametrize("make", KEPT_ON_AN_ERROR.values(), ids=KEPT_ON_AN_ERROR)
+def test_a_checkpoint_written_on_an_error_holds_the_random_numbers(
+    make: Callable[[Path], L.Callback], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    trainer = quiet_trainer(tmp_path, [*resumable(tmp_path), make(tmp_path)], enable_checkpointing=True)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(Fails(), Stateful(), loader(16, seed=1))
+    state = torch.get_rng_state()
+    saved = next(tmp_path.glob("*.ckpt"))
+    (found,) = torch.load(saved, weights_only=True)["lightning_compress"]["random"]["processes"]
+    assert torch.equal(found["torch"], state)
+    _, resumed = run(tmp_path / "resumed", Noisy, Stateful(), seed=5, ckpt_path=saved)
+    assert resumed.global_step > 11
+
+
+@works(
+    "Stopping and resuming",
+    "a run that had ended, as after a kill in the export",
+    "validation gives the inputs; the file and the report are those of the run that was not stopped",
+)
 def test_a_run_that_had_ended_is_only_exported(tmp_path: Path) -> None:
     _, whole = run(tmp_path, keep=ModelCheckpoint(tmp_path, save_last=True))
     (tmp_path / "resumed").mkdir()
     _, resumed = run(tmp_path / "resumed", seed=5, ckpt_path=tmp_path / "last.ckpt")
     assert_same(resumed, whole)
-    assert (tmp_path / "resumed" / "model.onnx").read_bytes() == (tmp_path / "model.onnx").read_bytes()
+    for name in ("model.onnx", "report.json"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 @refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -216,6 +217,41 @@ def test_no_validation_batches(validation: Any, tmp_path: Path) -> None:
     assert_compressed(Run(module, trainer, tmp_path))
 
 
+def hooks_on(module: torch.nn.Module) -> dict[str, int]:
+    """Count the entries of every dict of hooks."""
+    return {name: len(value) for name, value in vars(module).items() if "hooks" in name and isinstance(value, dict)}
+
+
+def assert_as_plain(module: torch.nn.Module) -> None:
+    """The attributes, hooks, types and keys of a module that was never compressed."""
+    plain = LayersOnSelf()
+    for ours, theirs in zip(module.modules(), plain.modules(), strict=True):
+        assert set(vars(ours)) == set(vars(theirs))
+        assert hooks_on(ours) == hooks_on(theirs)
+        assert type(ours) is type(theirs)
+    assert json.dumps(sorted(module.state_dict())) == json.dumps(sorted(plain.state_dict()))
+
+
+class Copies(L.Callback):
+    """Copies the module in the middle of a step, and again when it is rounded."""
+
+    def __init__(self) -> None:
+        self.copies: list[L.LightningModule] = []
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        if trainer.global_step in (2, 12):
+            self.copies += [copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module))]
+
+
+@works(AREA, "`strip` on a copy or a pickle made during the fit", "leaves the plain module; the fit goes on")
+def test_copies_made_during_the_fit_can_be_stripped(tmp_path: Path) -> None:
+    copies = Copies()
+    assert_compressed(fit(tmp_path, last=(copies,)))
+    assert len(copies.copies) == 4
+    for copied in copies.copies:
+        assert_as_plain(strip(copied))
+
+
 @works(
     AREA, "after the fit", "what only the training needed is gone, and the network stays compressed: `test` measures it"
 )
@@ -227,10 +263,6 @@ def test_what_only_training_needed_is_gone_after_the_fit(tmp_path: Path) -> None
     hooks = [name for name, module in run.module.named_modules() if module._forward_hooks or module._forward_pre_hooks]
     assert hooks == []
     strip(run.module)
-    plain = LayersOnSelf()
-    for ours, theirs in zip(run.module.modules(), plain.modules(), strict=True):
-        assert set(vars(ours)) == set(vars(theirs))
-        assert type(ours) is type(theirs)
-    assert json.dumps(sorted(run.module.state_dict())) == json.dumps(sorted(plain.state_dict()))
+    assert_as_plain(run.module)
     again: L.Trainer = quiet_trainer(tmp_path, max_epochs=1)
     again.fit(run.module, loader(), loader(16, seed=1))  # as plain as any module

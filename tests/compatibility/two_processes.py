@@ -1,7 +1,7 @@
 """A run in one process or two, by `python -m tests.compatibility.two_processes '{...}'`; each leaves its results.
 
 The settings are JSON: ``folder``, ``module``, ``launcher`` (``"popen"``, ``"spawn"``, ``"sharded"``, or none for one
-process), ``n_images``, ``bits``, ``ckpt_path``.
+process), ``n_images``, ``is_padded``, ``bits``, ``channels`` (an importance), ``ckpt_path``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_compress import KnowledgeDistillation, MagnitudePruning, OnnxExport, QuantizationAwareTraining
+from lightning_compress import (
+    ChannelPruning,
+    KnowledgeDistillation,
+    MagnitudePruning,
+    OnnxExport,
+    QuantizationAwareTraining,
+)
 from lightning_compress.quantization import quantization_of
 from tests.training import quiet_trainer
 from tests.user_modules import Images, LayersOnSelf, ManualOptimization, NetWithKeywords
@@ -57,6 +64,26 @@ class ShapesByRank(LayersOnSelf):
         return F.cross_entropy(self(images), batch["label"])
 
 
+class WithMetric(LayersOnSelf):
+    """Logs a metric whose state the processes exchange."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(4)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.accuracy(self(batch["image"]), batch["label"])
+        self.log("val_acc", self.accuracy)
+
+
+class Drifts(LayersOnSelf):
+    """Ends with another bias in the second process."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        with torch.no_grad():
+            self.fc.bias.add_(0.001 * self.global_rank)
+
+
 class Configured(LayersOnSelf):
     """Has the hook that strategies which split weights ask for."""
 
@@ -66,20 +93,35 @@ class Configured(LayersOnSelf):
 
 MODULES = {
     kind.__name__: kind
-    for kind in (LayersOnSelf, NetWithKeywords, ManualOptimization, WithoutNorm, WithDropout, ShapesByRank, Configured)
+    for kind in (
+        LayersOnSelf,
+        NetWithKeywords,
+        ManualOptimization,
+        WithoutNorm,
+        WithDropout,
+        ShapesByRank,
+        WithMetric,
+        Drifts,
+        Configured,
+    )
 }
 
 
 class Data(L.LightningDataModule):
     """Batches that together are those of one process, in its order."""
 
-    def __init__(self, n_images: int) -> None:
+    def __init__(self, n_images: int, is_padded: bool) -> None:
         super().__init__()
+        self.is_padded = is_padded
         self.train, self.held_out = Images(n_images), Images(16, seed=1)
 
     def batches(self, images: Images) -> DataLoader[dict[str, Tensor]]:
         trainer = self.trainer
         assert trainer is not None
+        if not self.is_padded:
+            every_other = range(trainer.global_rank, len(images), trainer.world_size)
+            batches = BatchSampler(every_other, GLOBAL_BATCH // trainer.world_size, drop_last=False)
+            return DataLoader(images, batch_sampler=batches)
         sampler: DistributedSampler[Any] = DistributedSampler(
             images, trainer.world_size, trainer.global_rank, shuffle=False
         )
@@ -103,7 +145,7 @@ class Dump(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        pruning = next(callback for callback in callbacks if isinstance(callback, MagnitudePruning))
+        pruning = next(callback for callback in callbacks if isinstance(callback, MagnitudePruning | ChannelPruning))
         quantization = quantization_of(pl_module)
         wrapped = trainer.strategy.model
         assert quantization is not None
@@ -141,6 +183,7 @@ def strategy(launcher: str) -> Strategy:
 def main(options: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", message="Processes that are spawned")
+    warnings.filterwarnings("default", message="The weights of rank")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     folder = Path(options["folder"])
@@ -148,6 +191,9 @@ def main(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     module = MODULES[options["module"]]()
     export = OnnxExport(folder / "model.onnx", metric="val_acc", latency=False)
+    pruning: L.Callback = MagnitudePruning(0.8, start=0.0, end=0.5)
+    if options.get("channels"):
+        pruning = ChannelPruning(0.5, end=0.4, importance=options["channels"], round_to=2)
     distribution: dict[str, Any] = {"devices": 1}
     if launcher:
         distribution = {"devices": 2, "strategy": strategy(launcher)}
@@ -155,7 +201,7 @@ def main(options: dict[str, Any]) -> None:
         folder,
         [
             KnowledgeDistillation(LayersOnSelf(12)),
-            MagnitudePruning(0.8, start=0.0, end=0.5),
+            pruning,
             QuantizationAwareTraining(weight_bits=bits, activation_bits=bits, start=0.5, freeze=0.75, observe_every=2),
             export,
             Dump(folder),
@@ -163,9 +209,10 @@ def main(options: dict[str, Any]) -> None:
             ModelCheckpoint(folder / "kept", "{step}", save_top_k=-1),
         ],
         enable_checkpointing=True,
+        use_distributed_sampler=False,
         **distribution,
     )
-    data = Data(options.get("n_images", 64))
+    data = Data(options.get("n_images", 64), options.get("is_padded", True))
     trainer.fit(module, data, ckpt_path=options.get("ckpt_path"))
     metrics = trainer.test(module, data, verbose=False)
     if trainer.is_global_zero:

@@ -1,11 +1,13 @@
 """Which weights the magnitude masks keep."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_compress.pruning import Scope, magnitude_mask, magnitude_masks
-from lightning_compress.pruning.magnitude import lamp_scores
+from lightning_compress.pruning.magnitude import CHUNK, lamp_scores
 
 
 def dropped_one_by_one(weights: dict[str, Tensor], n_dropped: int) -> dict[str, list[float]]:
@@ -114,3 +116,39 @@ def test_lamp_prunes_exactly_and_empties_no_layer() -> None:
     assert masks["small"].any()
     assert masks["large"].any()
     assert magnitude_masks(weights, 0.9, "global")["small"].any().item() is False
+
+
+def dropped_by_a_stable_sort(scores: dict[str, Tensor], n_dropped: int) -> dict[str, Tensor]:
+    """Reference for many entries: the first of all in the order of magnitude, then of position."""
+    flat = torch.cat([values.double().abs().flatten() for values in scores.values()])
+    kept = torch.ones(flat.numel(), dtype=torch.bool)
+    kept[flat.argsort(stable=True)[:n_dropped]] = False
+    parts = torch.split(kept, [values.numel() for values in scores.values()])
+    return {name: part.view(values.shape) for (name, values), part in zip(scores.items(), parts, strict=True)}
+
+
+MANY: dict[str, Callable[[Tensor], Tensor]] = {
+    "all different": lambda values: values,
+    "many ties": lambda values: (10 * values).round() / 10,
+    "mostly zeros": lambda values: values * (values.abs() > 1.2),
+    "in order, which a sample misses": lambda values: values.sort().values,
+    "bfloat16": lambda values: values.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("scope", ["global", "lamp"])
+@pytest.mark.parametrize("sparsity", [0.001, 0.5, 0.8, 0.999])
+@pytest.mark.parametrize("change", MANY.values(), ids=MANY)
+def test_many_entries_are_dropped_as_by_a_sort(
+    change: Callable[[Tensor], Tensor], sparsity: float, scope: Scope
+) -> None:
+    torch.manual_seed(0)
+    weights = {
+        "a": change(torch.randn(90_000)).view(300, 300),
+        "b": change(3 * torch.randn(2 * CHUNK)),
+        "c": change(torch.randn(9)),
+    }
+    scores = {"global": weights, "lamp": {name: lamp_scores(weight) for name, weight in weights.items()}}[scope]
+    expected = dropped_by_a_stable_sort(scores, round(sparsity * (90_009 + 2 * CHUNK)))
+    masks = magnitude_masks(weights, sparsity, scope)
+    assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
