@@ -26,7 +26,7 @@ from lightning_compress.callbacks.trainers import check_trainer
 from lightning_compress.copying import copy_of
 from lightning_compress.errors import CompressionError
 from lightning_compress.processes import check_alike
-from lightning_compress.pruning.channels.groups import find_channel_groups
+from lightning_compress.pruning.channels.groups import MAKES, find_channel_groups
 from lightning_compress.pruning.channels.importance import IMPORTANCES, Importance, channel_importance, taylor_scores
 from lightning_compress.pruning.channels.places import ChannelGroup
 from lightning_compress.pruning.channels.plan import TOLERANCE, CostModel, Scope, least_cost, plan_channels
@@ -47,8 +47,8 @@ class ChannelPruning(Compressor):
     """Prune whole channels gradually, until a share of the multiply-accumulates remains.
 
     After the first training batch one run of the network tells which channels can only go together: over residual
-    additions, concatenations, depthwise and grouped convolutions, flattening into linear layers, and widths of
-    transformers' hidden layers. Between ``start`` and ``end`` the units of least importance are masked, a few more
+    additions, concatenations, depthwise and grouped convolutions, flattening into linear layers, and the heads and
+    hidden layers of transformers. Between ``start`` and ``end`` the units of least importance are masked, a few more
     every ``update_every`` steps, on a cubic schedule: their weights are zeros where the channel is made and where it
     is read, and are set to zero again, with the optimizer's momentum and moments, after every optimizer step. Shapes
     do not change in the fit. `OnnxExport` removes the channels from the file, `shrink` from a copy of the module.
@@ -466,4 +466,4 @@ class ChannelPruning(Compressor):
 
 
 def _makers(group: ChannelGroup) -> list[str]:
-    return [member.module for member in group.members if member.side in ("out", "both")]
+    return [member.module for member in group.members if member.side in MAKES]

@@ -1,6 +1,6 @@
 """The dataflow of a model, traced module by module and stitched together."""
 
-from lightning_compress.graph.equivalents import attention
+from lightning_compress.graph.equivalents import attention, multihead_attention
 from lightning_compress.graph.in_place import is_in_place, memory_of
 from lightning_compress.graph.program import Operation, Program, trace_program
 from lightning_compress.graph.shaped import in_float32, is_passed, is_shaped, shaped_key
@@ -39,6 +39,7 @@ __all__ = [
     "is_passed",
     "is_shaped",
     "memory_of",
+    "multihead_attention",
     "overwritten_parameters",
     "passed_parameters",
     "shaped_key",

@@ -45,7 +45,11 @@ def equivalent_of(module: nn.Module) -> Equivalent | None:
     """
     forward = type(module).forward
     if isinstance(module, nn.MultiheadAttention) and forward is nn.MultiheadAttention.forward:
-        return None if module.bias_k is not None or module.add_zero_attn else Equivalent(_attention, False, _is_batched)
+        return (
+            None
+            if module.bias_k is not None or module.add_zero_attn
+            else Equivalent(multihead_attention, False, _is_batched)
+        )
     if isinstance(module, nn.TransformerEncoderLayer) and forward is nn.TransformerEncoderLayer.forward:
         return Equivalent(_encoder_layer, True, _is_batched)
     if isinstance(module, nn.TransformerEncoder) and forward is nn.TransformerEncoder.forward:
@@ -57,7 +61,7 @@ def _is_batched(values: Sequence[Any]) -> bool:
     return isinstance(values[0], Tensor) and values[0].dim() == 3
 
 
-def _attention(
+def multihead_attention(
     module: Any,
     query: Any,
     key: Any,
@@ -68,14 +72,14 @@ def _attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Any, Any]:
-    """Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762, eq. 1 and section 3.2.2).
+    """Return what a `torch.nn.MultiheadAttention` returns (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2).
 
     A causal hint adds nothing: whoever gives it must give the mask too.
     """
     values = (query, key, value)
     if not module.batch_first:
         values = tuple(value.transpose(0, 1) for value in values)
-    if module._qkv_same_embed_dim:
+    if module.in_proj_weight is not None:
         weights = module.in_proj_weight.chunk(3)
     else:
         weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)

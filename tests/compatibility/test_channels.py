@@ -9,8 +9,16 @@ import onnx
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import Tensor, nn
 
-from lightning_compress import ChannelPruning, OnnxExport, load_compressed_state, shrink
+from lightning_compress import (
+    ChannelPruning,
+    OnnxExport,
+    QuantizationAwareTraining,
+    load_compressed_state,
+    rebuild,
+    shrink,
+)
 from tests.callbacks.test_channel_pruning import IMAGES, callbacks, fit, zeros
 from tests.compatibility.runs import LIGHTNING_NOISE, assert_ships
 from tests.compatibility.table import works
@@ -89,4 +97,33 @@ def test_averaged_weights_are_under_the_masks(tmp_path: Path) -> None:
     module = LayersOnSelf(16)
     fit(module, tmp_path, EMAWeightAveraging(), *callbacks(tmp_path, round_to=4), max_epochs=4)
     assert 0 < zeros(module)["conv2.weight"] < 16
+    assert_ships(module, tmp_path / "model.onnx")
+
+
+class Transformer(LayersOnSelf):
+    """Rows of the image as tokens, an encoder layer, a mean."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.embed = nn.Linear(8, 16)
+        self.encoder = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(image[:, 0])).mean(1))  # type: ignore[no-any-return]
+
+
+@works(AREA, "attention heads and hidden layers of `nn.TransformerEncoderLayer`, then int8")
+def test_heads_go(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Transformer()
+    pruning = ChannelPruning(macs=0.6, end=0.4, round_to=1, scope="layer")
+    quantization = QuantizationAwareTraining(start=0.5, freeze=0.75)
+    fit(module, tmp_path, pruning, quantization, OnnxExport(tmp_path / "model.onnx", latency=False), max_epochs=4)
+    assert pruning.widths["encoder.self_attn"][1] < 4
+    assert pruning.widths["encoder.linear1"][1] < 32
+    small, record = shrink(module)
+    assert torch.allclose(small.eval()(IMAGES), module.eval()(IMAGES), atol=1e-6)
+    again = rebuild(Transformer(), record)
+    again.load_state_dict(small.state_dict())
     assert_ships(module, tmp_path / "model.onnx")

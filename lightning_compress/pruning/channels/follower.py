@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lightning_compress.pruning.channels.attention import attention_macs, head_parts
 from lightning_compress.pruning.channels.labels import LabelledRun, Reads, Side
 
 
@@ -110,6 +111,7 @@ class _Follower(TorchFunctionMode):
         self.model = model
         self.run = run
         self.path: list[str] = [""]
+        self.n_inside = 0
         self._labels: dict[int, tuple[Tensor, Tensor]] = {}  # holds the tensors too, so that their ids stay theirs
         self._owners: dict[int, str] = {}
         self._outputs: dict[int, Tensor] = {}
@@ -123,6 +125,10 @@ class _Follower(TorchFunctionMode):
         """Know which module is running."""
         handles = []
         for name, module in self.model.named_modules():
+            if head_parts(module):
+                attention = _Attention(self, name)
+                handles.append(module.register_forward_pre_hook(attention.enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(attention.leave, with_kwargs=True))
             handles.append(module.register_forward_pre_hook(_Enter(self.path, name)))
             handles.append(module.register_forward_hook(_Leave(self.path), always_call=True))
         try:
@@ -146,6 +152,8 @@ class _Follower(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").strip("_")
         result = func(*args, **kwargs)
+        if self.n_inside:
+            return result  # the attention module as a whole is followed
         outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         if outputs:
             self._follow(name, func, args, kwargs, outputs)
@@ -178,6 +186,22 @@ class _Follower(TorchFunctionMode):
             self._combine((args, kwargs), outputs[0])
         else:
             self._freeze_all(args, kwargs, f"`{name}` reads them")
+
+    def follow_attention(self, owner: str, inputs: Any, output: Any) -> None:
+        """Follow an attention module whose heads are known: it reads its inputs whole, and its heads are its own."""
+        module = self.model.get_submodule(owner)
+        reading = next(part for part in head_parts(module) if part.reads)
+        self._freeze_all((inputs,), {}, "an attention module reads them")
+        self._read(owner, "heads", self._own(owner, len(reading.index)))
+        leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        makers, result = f"{owner}.{reading.parameter.rpartition('.')[0]}", leaves[0]
+        args, kwargs = inputs
+        macs = attention_macs(module, _tensor(args, kwargs, "query"), _tensor(args, kwargs, "key", 1))
+        self._count(owner, macs[0])
+        self._count(makers, macs[1])
+        made = self._own(makers, len(reading.of(module)))
+        self._read(makers, "out", made)
+        self._set(result, _along(made, result.dim() - 1, result.dim()))
 
     def _convolve(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
         x, weight = _tensor(args, kwargs, "input"), _tensor(args, kwargs, "weight", 1)
@@ -375,7 +399,7 @@ class _Follower(TorchFunctionMode):
     def _own(self, owner: str, count: int) -> Tensor:
         """Return the labels of a layer's output channels, the same ones at every call."""
         for read in self.run.reads.get(owner, []):
-            if read.side in ("out", "both"):
+            if read.side != "in":
                 return read.labels
         return self.run.new_labels(count) if count > 1 else torch.zeros(1, dtype=torch.long)
 
@@ -433,6 +457,22 @@ class _Leave:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.path.pop()
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """The hooks of an attention module whose heads are known."""
+
+    follower: _Follower
+    name: str
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.follower.n_inside += 1
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.follower.n_inside -= 1
+        if not self.follower.n_inside:
+            self.follower.follow_attention(self.name, (args, kwargs), output)
 
 
 def _along(labels: Tensor, dim: int, n_dims: int) -> Tensor:

@@ -18,6 +18,9 @@ from lightning_compress.pruning.channels.places import ChannelGroup, Member
 from lightning_compress.pruning.channels.proof import first_line, proved
 from lightning_compress.selection import match_names
 
+MAKES, READS = ("out", "both", "heads"), ("in", "heads")
+"""The sides on which a layer makes its channels, and those on which they are read."""
+
 
 @dataclass(frozen=True)
 class ChannelGroups:
@@ -87,6 +90,7 @@ def find_channel_groups(
             if read.side != "in":
                 run.freeze(read.labels, "`exclude` names it")
     groups, left_alone = _groups(run)
+    _fill_zeros_(model)
     groups = proved(model, *sample, groups, left_alone)
     return ChannelGroups(tuple(groups), left_alone, run.costs)
 
@@ -112,8 +116,8 @@ def _groups(run: LabelledRun) -> tuple[list[ChannelGroup], dict[str, str]]:
     for label, (number, _) in partitions.items():
         if number in frozen_sets:  # as many of each block must stay, and some have to
             reasons.setdefault(label, frozen_sets[number])
-    made = {label for (_, side), roots in sides.items() if side in ("out", "both") for label in roots.tolist()}
-    read_by_layers = {label for (_, side), roots in sides.items() if side == "in" for label in roots.tolist()}
+    made = {label for (_, side), roots in sides.items() if side in MAKES for label in roots.tolist()}
+    read_by_layers = {label for (_, side), roots in sides.items() if side in READS for label in roots.tolist()}
     usable = (made & read_by_layers) - reasons.keys() - {0}
     signatures: dict[int, list[tuple[str, str]]] = {label: [] for label in usable}
     for key, roots in sides.items():
@@ -133,18 +137,18 @@ def _groups(run: LabelledRun) -> tuple[list[ChannelGroup], dict[str, str]]:
             for (name, side), roots in sides.items()
             if (hits := [(at, label) for at, label in enumerate(roots.tolist()) if label in units])
         )
-        name = next(member.module for member in members if member.side in ("out", "both"))
+        name = next(member.module for member in members if member.side in MAKES)
         blocks = None
         if ours[0] in partitions:
             _, numbers = zip(*[partitions[label] for label in ours], strict=True)
             blocks = torch.tensor(numbers)
         if len(ours) > 1:
             groups.append(ChannelGroup(name, len(ours), members, blocks))
-    grouped = {member.module for group in groups for member in group.members if member.side in ("out", "both")}
+    grouped = {member.module for group in groups for member in group.members if member.side in MAKES}
     left_alone = {
         name: next((reasons[label] for label in roots.tolist() if label in reasons), "no layer reads them")
         for (name, side), roots in sides.items()
-        if side in ("out", "both") and name in run.costs and name not in grouped
+        if side in MAKES and name in run.costs and name not in grouped
     }
     return groups, left_alone
 
@@ -177,6 +181,15 @@ def _partitions(run: LabelledRun, reasons: dict[int, str]) -> dict[int, tuple[in
         for label in [*labels, *[label for label, (other, _) in found.items() if other in {n for n, _ in known}]]:
             reasons.setdefault(label, "they are cut into equal parts in two different ways")
     return found
+
+
+@torch.no_grad()
+def _fill_zeros_(model: nn.Module) -> None:
+    """Give parameters that are nothing but zeros random values: behind a head of zeros anything would be proved."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() and not parameter.any():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
 def _shared_layers(model: nn.Module, whole: nn.Module, run: LabelledRun) -> dict[str, str]:

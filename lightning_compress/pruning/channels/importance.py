@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.pruning.channels.attention import head_parts
 from lightning_compress.pruning.channels.narrowing import NORMS
 from lightning_compress.pruning.channels.places import ChannelGroup, Member, channel_sums
 
@@ -104,12 +105,21 @@ def taylor_scores(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str,
     for group in groups:
         found = []
         for member in _layers(model, group):
-            layer: Any = model.get_submodule(member.module)
-            gradients = layer.weight.grad
-            if gradients is not None:
-                found.append(_per_unit(group, member, channel_sums(layer, member.side, gradients.mul)).square())
-        scores[group.name] = torch.stack(found).mean(0) if found else torch.zeros(group.n_units)
+            layer = model.get_submodule(member.module)
+            found.append(_per_unit(group, member, channel_sums(layer, member.side, _by_gradient(layer))).square())
+        scores[group.name] = torch.stack(found).mean(0)
     return scores
+
+
+def _by_gradient(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what multiplies a parameter of ``layer`` by its gradient; what has none counts as zeros."""
+    gradients = {parameter.data_ptr(): parameter.grad for parameter in layer.parameters()}
+
+    def product(values: Tensor) -> Tensor:
+        gradient = gradients[values.data_ptr()]
+        return torch.zeros_like(values) if gradient is None else values * gradient
+
+    return product
 
 
 @torch.no_grad()
@@ -126,7 +136,7 @@ def _measured(model: nn.Module, group: ChannelGroup, importance: str) -> Tensor:
             return torch.stack(found).mean(0)
         importance = "l2"
     if importance == "fpgm":
-        makers = [m for m in _layers(model, group) if m.side in ("out", "both")]
+        makers = [member for member in _layers(model, group) if member.side != "in"]
         return torch.stack([_per_unit(group, member, _distances(model, member)) for member in makers]).mean(0)
     layers = [(member, model.get_submodule(member.module)) for member in _layers(model, group)]
     sums = [(member, channel_sums(layer, member.side, measures[importance])) for member, layer in layers]
@@ -134,8 +144,10 @@ def _measured(model: nn.Module, group: ChannelGroup, importance: str) -> Tensor:
 
 
 def _layers(model: nn.Module, group: ChannelGroup) -> list[Member]:
-    """Return the members that are convolutions or linear layers."""
-    return _members(model, group, (nn.Linear, nn.modules.conv._ConvNd))
+    """Return the members that are convolutions, linear layers or attention heads."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    heads = [member for member in group.members if member.side == "heads"]
+    return heads or _members(model, group, kinds)
 
 
 def _members(model: nn.Module, group: ChannelGroup, kinds: tuple[type[nn.Module], ...]) -> list[Member]:
@@ -150,6 +162,10 @@ def _per_unit(group: ChannelGroup, member: Member, per_channel: Tensor) -> Tenso
 def _distances(model: nn.Module, member: Member) -> Tensor:
     """Return for each filter the sum of its distances to the others of its layer."""
     module: Any = model.get_submodule(member.module)
+    if member.side == "heads":
+        makes = head_parts(module)[0]
+        rows = makes.of(module).detach().float()[makes.index].flatten(1)
+        return torch.cdist(rows, rows).sum(1).cpu()
     weight = module.weight.detach().float()
     n_groups = getattr(module, "groups", 1)
     if getattr(module, "transposed", False):

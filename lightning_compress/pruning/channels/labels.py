@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Side = Literal["out", "in", "both"]
-"""Which channels of a module: those it makes, those it reads, or both where they are the same (norms, depthwise)."""
+Side = Literal["out", "in", "both", "heads"]
+"""Which channels of a module: those it makes, those it reads, both where they are the same (norms, depthwise), or its
+attention heads."""
 
 
 @dataclass

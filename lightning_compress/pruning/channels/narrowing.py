@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.pruning.channels.attention import narrow_heads_
 
 ChannelRecord = dict[str, dict[str, list[int]]]
-"""The channels that stay: by module name, and by side (``"out"``, ``"in"``, ``"both"``); for a bare parameter by its
-name and ``"dim0"``, ``"dim1"``, ... Plain types, so that it can be written as JSON."""
+"""The channels that stay: by module name, and by side (``"out"``, ``"in"``, ``"both"``, ``"heads"``); for a bare
+parameter by its name and ``"dim0"``, ``"dim1"``, ... Plain types, so that it can be written as JSON."""
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -24,6 +25,8 @@ def width(module: nn.Module, side: str) -> int:
         >>> width(nn.Conv2d(3, 8, 1), "in"), width(nn.Conv2d(3, 8, 1), "out"), width(nn.BatchNorm2d(4), "both")
         (3, 8, 4)
     """
+    if side == "heads":
+        return int(module.num_heads)  # type: ignore[arg-type]
     names = {nn.Linear: ("in_features", "out_features"), nn.modules.conv._ConvNd: ("in_channels", "out_channels")}
     for kind, (reads, makes) in names.items():
         if isinstance(module, kind):
@@ -80,7 +83,9 @@ def _check_fits(name: str, index: Tensor, n_channels: int) -> None:
 
 
 def _narrow_module(module: Any, side: str, kept: Tensor) -> None:
-    if isinstance(module, nn.Linear):
+    if side == "heads":
+        narrow_heads_(module, kept)
+    elif isinstance(module, nn.Linear):
         _select(module, "weight", 1 if side == "in" else 0, kept)
         if side == "out":
             _select(module, "bias", 0, kept)

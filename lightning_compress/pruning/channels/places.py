@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.pruning.channels.attention import head_parts
 from lightning_compress.pruning.channels.narrowing import ChannelRecord, width
 
 
@@ -206,6 +207,11 @@ def places(model: nn.Module, member: Member, channels: Tensor) -> list[Place]:
     if member.side.startswith("dim"):
         return [Place(member.module, None, int(member.side.removeprefix("dim")), channels)]
     module: Any = model.get_submodule(member.module)
+    if member.side == "heads":
+        return [
+            Place(f"{member.module}.{part.parameter}", None, part.dim, part.index[channels].flatten())
+            for part in head_parts(module)
+        ]
     own = {name for name, _ in module.named_parameters(recurse=False)}
     found = []
     if "weight" in own:
@@ -238,19 +244,20 @@ def unread_units(model: nn.Module, group: ChannelGroup) -> Tensor:
     """
     is_read = torch.zeros(group.n_units, dtype=torch.bool)
     for member in group.members:
-        if member.side == "in":
-            largest = channel_sums(model.get_submodule(member.module), member.side, torch.abs)
+        if member.side in ("in", "heads"):
+            largest = channel_sums(model.get_submodule(member.module), member.side, torch.abs, reads_alone=True)
             is_read[member.units[largest[member.channels] != 0]] = True
     return ~is_read
 
 
-def channel_sums(layer: nn.Module, side: str, measure: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the sum of a measure of the weights over each channel of a convolution or linear layer.
+def channel_sums(layer: nn.Module, side: str, measure: Callable[[Tensor], Tensor], reads_alone: bool = False) -> Tensor:
+    """Return the sum of a measure of the weights over each channel of a convolution or linear layer, or each head.
 
     Args:
         layer: The layer.
-        side: ``"out"``, ``"in"`` or ``"both"``.
+        side: ``"out"``, ``"in"``, ``"both"`` or ``"heads"``.
         measure: Makes of the weight a tensor of its shape.
+        reads_alone: Whether, of attention heads, only the weights that read them count.
 
     Returns:
         Float32 tensor of shape (channels,) on the CPU.
@@ -261,9 +268,16 @@ def channel_sums(layer: nn.Module, side: str, measure: Callable[[Tensor], Tensor
         >>> channel_sums(layer, "out", torch.abs), channel_sums(layer, "in", torch.abs)
         (tensor([3., 7.]), tensor([1., 2., 3., 4.]))
     """
+    if side == "heads":
+        of_parts = [
+            measure(part.of(layer).data).float().movedim(part.dim, 0).flatten(1).sum(1).cpu()[part.index].sum(1)
+            for part in head_parts(layer)
+            if part.of(layer).dim() > 1 and (part.reads or not reads_alone)
+        ]
+        return torch.stack(of_parts).sum(0)
     weight, n_groups = layer.weight, getattr(layer, "groups", 1)
     assert isinstance(weight, Tensor)
-    values = measure(weight.detach()).float()
+    values = measure(weight.data).float()
     values = values.flatten(2) if values.dim() > 2 else values.unsqueeze(2)
     dim = 0 if side == "both" else int((side == "in") != getattr(layer, "transposed", False))
     if dim == 0:

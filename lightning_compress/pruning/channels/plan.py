@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.pruning.channels.narrowing import NORMS
+from lightning_compress.pruning.channels.attention import head_parts
 from lightning_compress.pruning.channels.places import ChannelGroup, channels_of
 
 Scope = Literal["global", "layer"]
@@ -20,6 +20,8 @@ Scope = Literal["global", "layer"]
 
 TOLERANCE = 0.01
 """How far, as a share of the whole cost, a plan may end from its target."""
+
+SIDES = ("out", "in", "both", "heads")
 
 LEAST_STEPS = 4
 """A group of few units is rounded more finely, so that it can take at least so many widths."""
@@ -80,11 +82,17 @@ class CostModel:
                 module, parameter = modules.get(member.module), parameters.get(member.module)
                 share = len(member.channels) / channels_of(module, parameter, member.side)
                 parts.setdefault((member.module, member.side), {})[number] = share
+        heads = {
+            f"{name}.{part.parameter}": (name, side)
+            for name, side in parts
+            if side == "heads"
+            for part in head_parts(modules[name])
+        }
         terms = []
         if costs is not None:
             for name, cost in costs.items():
-                sides = tuple(parts[name, side] for side in ("out", "in", "both") if (name, side) in parts)
-                terms.append(_Term(cost, sides))
+                keys = [*((name, side) for side in SIDES), heads.get(f"{name}.weight", ("", ""))]
+                terms.append(_Term(cost, tuple(parts[key] for key in keys if key in parts)))
             self.total = float(sum(costs.values()) if total is None else max(total, sum(costs.values())))
         else:
             seen: set[int] = set()
@@ -94,7 +102,8 @@ class CostModel:
                     part
                     for (module, side), part in parts.items()
                     if module == name
-                    or (module == owner and (own_name == "weight" or isinstance(modules[owner], NORMS) or side != "in"))
+                    or heads.get(name) == (module, side)
+                    or (side != "heads" and module == owner and (own_name == "weight" or side != "in"))
                 )
                 if id(parameter) not in seen:
                     terms.append(_Term(parameter.numel(), sides))

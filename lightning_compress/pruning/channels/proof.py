@@ -43,9 +43,7 @@ def proved(
     if failure is None:
         return groups
     if len(groups) == 1:
-        left_alone.update(
-            {m.module: failure for m in groups[0].members if m.side in ("out", "both")} if groups[0].members else {}
-        )
+        left_alone.update({member.module: failure for member in groups[0].members if member.side != "in"})
         return []
     middle = len(groups) // 2
     halves = [proved(model, args, kwargs, half, left_alone) for half in (groups[:middle], groups[middle:])]

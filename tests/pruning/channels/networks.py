@@ -195,3 +195,17 @@ class Shuffled(nn.Module):
         n, channels, height, width = x.shape
         x = x.view(n, 2, channels // 2, height, width).transpose(1, 2).reshape(n, channels, height, width)
         return self.last(self.second(x).relu())  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Multi-head attention between two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, 8)
+        self.attention = nn.MultiheadAttention(8, 4, batch_first=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head(self.attention(x, x, x, need_weights=False)[0])  # type: ignore[no-any-return]

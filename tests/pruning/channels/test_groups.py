@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_compress.errors import CompressionError
 from lightning_compress.pruning.channels.groups import find_channel_groups
 from lightning_compress.pruning.channels.narrowing import narrow_
-from lightning_compress.pruning.channels.places import ChannelGroup, record_of, removed_places
+from lightning_compress.pruning.channels.places import ChannelGroup, Member, record_of, removed_places
 from tests.pruning.channels import networks
 
 IMAGES = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -52,6 +52,43 @@ def test_hidden_layers_of_transformers_are_free_and_the_residual_stream_is_not()
         "down": "`layer_norm` reads them in `norm`",
         "head": "the model returns them",
     }
+
+
+def test_heads_are_units_of_their_own_and_what_reads_them_makes_channels() -> None:
+    found = find_channel_groups(networks.Attention(), [torch.rand(2, 5, 3)])
+    assert {group.n_units: places_of(group) for group in found.groups} == {
+        4: ["attention.heads"],
+        8: ["attention.out_proj.out", "head.in"],
+    }
+    assert found.left_alone["embed"] == "an attention module reads them in `attention`"
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_without_some_heads_computes_what_it_computes_with_zeros_there(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 4, batch_first=batch_first).eval()
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    masked, small = copy.deepcopy(attention), copy.deepcopy(attention)
+    holder = nn.ModuleDict({"attention": masked})
+    group = ChannelGroup("attention", 4, (Member("attention", "heads", torch.arange(4), torch.arange(4)),))
+    for place in removed_places(holder, [group], [torch.tensor([True, False, True, False])]):
+        place.clear_(holder.get_parameter(place.parameter))
+    narrow_(nn.ModuleDict({"attention": small}), {"attention": {"heads": [0, 2]}})
+    x, mask = torch.randn(3, 5, 8), torch.randn(5, 5) if batch_first else torch.randn(3, 3)
+    expected, weights = masked(x, x, x, attn_mask=mask, average_attn_weights=False)
+    result, fewer = small(x, x, x, attn_mask=mask, average_attn_weights=False)
+    assert torch.allclose(result, expected, atol=1e-6)
+    assert torch.allclose(fewer, weights[:, [0, 2]], atol=1e-6)
+    assert small.in_proj_weight.shape == (12, 8)
+    assert not torch.allclose(attention(x, x, x, attn_mask=mask)[0], expected, atol=1e-2)
+
+
+def test_a_head_of_zeros_proves_nothing_less() -> None:
+    network = networks.Concatenated()
+    nn.init.zeros_(network.last.weight)
+    assert len(find_channel_groups(network, [IMAGES]).groups) == 2
+    assert not network.last.weight.any()
 
 
 def test_a_unit_of_a_flattened_channel_is_all_its_entries() -> None:

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.pruning.channels.attention import head_parts
 from lightning_compress.pruning.channels.groups import find_channel_groups
 from lightning_compress.pruning.channels.importance import Importance, channel_importance, taylor_scores
 from lightning_compress.pruning.channels.places import channel_sums
+from tests.pruning.channels import networks
 
 
 class Small(nn.Module):
@@ -87,3 +89,29 @@ def test_sums_over_channels_of_grouped_layers_are_those_of_the_whole_layer(kind:
                 read[group * 2 + i] += weight[row, column].sum()
     assert torch.allclose(channel_sums(grouped, "out", torch.abs), made)
     assert torch.allclose(channel_sums(grouped, "in", torch.abs), read)
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "fpgm", "bn_scale"])
+def test_a_head_without_weights_is_worth_least(importance: Importance) -> None:
+    network = networks.Attention()
+    groups = find_channel_groups(network, [torch.rand(1, 5, 3)]).groups
+    with torch.no_grad():
+        for part in head_parts(network.attention):
+            part.of(network.attention).index_fill_(part.dim, part.index[2], 0)
+    scores = channel_importance(network, groups, importance)["attention"]
+    expected = 2 if importance != "fpgm" else scores.argmin().item()
+    assert scores.argmin().item() == expected
+    assert len(scores) == 4
+
+
+def test_taylor_counts_all_weights_of_a_head() -> None:
+    network = networks.Attention()
+    groups = find_channel_groups(network, [torch.rand(1, 5, 3)]).groups
+    network(torch.rand(1, 5, 3)).square().sum().backward()
+    by_hand = torch.zeros(4)
+    for part in head_parts(network.attention):
+        weight = part.of(network.attention)
+        assert weight.grad is not None
+        products = (weight * weight.grad).movedim(part.dim, 0)
+        by_hand += torch.stack([products[rows].sum() for rows in part.index]) * (weight.dim() > 1)
+    assert torch.allclose(taylor_scores(network, groups)["attention"], by_hand.square())

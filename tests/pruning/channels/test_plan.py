@@ -47,11 +47,12 @@ def test_widths(n_units: int, n_blocks: int, round_to: int, floor: float, expect
         networks.Scaled,
         networks.Flattened,
         networks.Halves,
+        networks.Attention,
     ],
 )
 def test_the_cost_is_that_of_the_network_without_the_channels(network: type[nn.Module]) -> None:
     model = network().eval()
-    image = torch.rand(1, 3, 6, 6) if network is networks.Flattened else IMAGES
+    image = {networks.Flattened: torch.rand(1, 3, 6, 6), networks.Attention: torch.rand(1, 5, 3)}.get(network, IMAGES)
     found = find_channel_groups(model, [image])
     kept = [torch.arange(g.n_units) % (g.n_units // g.n_blocks) != 0 for g in found.groups]
     shares = [float(mask.float().mean()) for mask in kept]
