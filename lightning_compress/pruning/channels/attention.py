@@ -103,7 +103,7 @@ def narrow_heads_(module: Any, kept: Tensor) -> None:
 class NarrowedAttention(nn.MultiheadAttention):
     """Multi-head attention with fewer heads than its width would hold, for batches."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
