@@ -43,6 +43,10 @@ MAX_DEFAULT_UPDATES = 32
 """How often channels are chosen over the whole rise where ``update_every`` is not given."""
 
 
+BATCHES_HEARD = 16
+"""Training batches in which the network must have been called."""
+
+
 class ChannelPruning(Compressor):
     """Prune whole channels gradually, until a share of the multiply-accumulates remains.
 
@@ -122,6 +126,8 @@ class ChannelPruning(Compressor):
         self.macs = 0.5 if macs is None and parameters is None else macs
         self.parameters = parameters
         for name, share in (("macs", self.macs), ("parameters", parameters)):
+            if share is not None and not isinstance(share, float):
+                raise TypeError(f"`{name}` is the share that remains, a float, got {type(share).__name__}.")
             if share is not None and not 0.0 < share < 1.0:
                 raise ValueError(f"`{name}` is the share that remains, in (0, 1), got {share}.")
         check_moment("start", start)
@@ -131,6 +137,8 @@ class ChannelPruning(Compressor):
             raise ValueError(f"`importance` must be one of {', '.join(IMPORTANCES)}, got {importance!r}.")
         if scope not in ("global", "layer"):
             raise ValueError(f'`scope` must be "global" or "layer", got {scope!r}.')
+        if not isinstance(round_to, int):
+            raise TypeError(f"`round_to` is a number of channels, an int, got {type(round_to).__name__}.")
         if round_to < 1:
             raise ValueError(f"`round_to` must be at least 1 channel, got {round_to}.")
         for name, share in (("floor", floor), *((f"budget[{key!r}]", value) for key, value in (budget or {}).items())):
@@ -151,6 +159,7 @@ class ChannelPruning(Compressor):
         self._state = ChannelState()
         self._random = RandomState()
         self._tap: ForwardTap | None = None
+        self._n_heard = 0
         self._rise = Rise(0, 0, 1)
         self._schedule = CubicSchedule(0.0, 0, 0)
         self._cost: CostModel | None = None
@@ -246,7 +255,7 @@ class ChannelPruning(Compressor):
             if step >= self._rise.end_step and not self.complete:
                 self._choose(trainer, pl_module, step)
         else:
-            self._tap = ForwardTap(pl_module, self.module)
+            self._tap, self._n_heard = ForwardTap(pl_module, self.module), 0
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -264,6 +273,9 @@ class ChannelPruning(Compressor):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
+        self._sum_up_scores(pl_module)
+
+    def _sum_up_scores(self, pl_module: pl.LightningModule) -> None:
         if self.importance != "taylor" or self.complete or not self._state.groups:
             return
         network, sums = pl_module.get_submodule(self._state.module), self._state.taylor
@@ -286,7 +298,7 @@ class ChannelPruning(Compressor):
     def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         if step < self._rise.begin_step or not self._state.groups:
             return
-        self._apply(trainer, pl_module)
+        self._apply(trainer, pl_module, *trainer.optimizers)
         if not self.complete and (self._rise.is_due(step) or step >= self._rise.end_step):
             self._choose(trainer, pl_module, step)
         # Lightning keeps a logged value for the rest of the epoch.
@@ -353,8 +365,11 @@ class ChannelPruning(Compressor):
     def _find_groups(self, pl_module: pl.LightningModule) -> None:
         """Find the groups with the arguments that the training step has just called the network with."""
         assert self._tap is not None
+        self._n_heard += 1
+        if not self._tap.calls_so_far() and self._n_heard < BATCHES_HEARD:
+            return  # a step may skip a batch
         call = self._tap.calls()[0]
-        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), (call.args, call.kwargs))
+        args, kwargs = pytree.tree_map_only(Tensor, _plain_input, (call.args, call.kwargs))
         self._remove_tap()
         state, network = self._state, pl_module.get_submodule(call.name)
         with ProgressLine("ChannelPruning") as progress:
@@ -371,6 +386,7 @@ class ChannelPruning(Compressor):
                 "Exclude fewer layers, or leave `ChannelPruning` out."
             )
         state.clear()
+        self._sum_up_scores(pl_module)
         self._measure(pl_module)
         self._check_reachable()
         rank_zero_info(
@@ -463,6 +479,11 @@ class ChannelPruning(Compressor):
         if self._tap is not None:
             self._tap.remove()
             self._tap = None
+
+
+def _plain_input(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _makers(group: ChannelGroup) -> list[str]:

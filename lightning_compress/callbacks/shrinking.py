@@ -17,12 +17,14 @@ from lightning_compress.callbacks.quantization import QuantizationSlot
 from lightning_compress.callbacks.stripping import strip
 from lightning_compress.copying import copy_of
 from lightning_compress.errors import CompressionError
+from lightning_compress.pruning.channels.attention import head_parts
 from lightning_compress.pruning.channels.groups import find_channel_groups
 from lightning_compress.pruning.channels.narrowing import ChannelRecord, narrow_
+from lightning_compress.pruning.channels.outputs import output_tensors, same_random_numbers
 from lightning_compress.pruning.channels.places import ChannelGroup, record_of, unread_units
 from lightning_compress.pruning.channels.state import ChannelState
 from lightning_compress.quantization import Quantization, prepare, quantization_of
-from lightning_compress.quantization.state import narrowed_state
+from lightning_compress.quantization.state import WEIGHT_PREFIX, narrowed_state
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -81,8 +83,9 @@ def shrink(model: nn.Module, example_inputs: Any = None) -> Shrunk:
     if state is not None and state.groups:
         record = _below(state.module, state.record(model))
     else:
-        groups, kept = _unread(model, example_inputs)
+        call, groups, kept = _unread(model, example_inputs)
         record = record_of(model, groups, kept)
+        check_shrunk(model, _without(model, record), groups, kept, [call])
     return Shrunk(_without(model, record), record)
 
 
@@ -139,6 +142,10 @@ def check_shrunk(
         0.0
     """
     masked, shrunk = (strip(copy_of(network)).cpu().double().eval() for network in (masked, shrunk))
+    try:
+        _outputs(masked, *calls[0])
+    except Exception:  # user code that computes in float32 whatever it is given
+        masked, shrunk = masked.float(), shrunk.float()
     worst = max(_difference(masked, shrunk, args, kwargs) for args, kwargs in calls)
     if worst <= TOLERANCE:
         return worst
@@ -156,28 +163,36 @@ def check_shrunk(
     )
 
 
-@torch.no_grad()
 def _difference(masked: nn.Module, shrunk: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-    worst = 0.0
-    outputs = []
-    for network in (masked, shrunk):
-        inputs = pytree.tree_map_only(Tensor, _double, (tuple(args), dict(kwargs)))
-        result = network(*inputs[0], **inputs[1])
-        outputs.append([leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)])
-    for one, other in zip(*outputs, strict=True):
-        if one.shape != other.shape:
-            return float("inf")
-        if one.numel() and one.is_floating_point():
-            worst = max(worst, float((one - other).abs().max()) / max(float(one.abs().max()), 1e-30))
-    return worst
+    expected = _outputs(masked, args, kwargs)
+    try:
+        found = _outputs(shrunk, args, kwargs)
+    except RuntimeError:  # shapes that do not fit
+        return float("inf")
+    if not expected or [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
+        return float("inf")
+    return max(
+        float((one - other).abs().max()) / max(float(one.abs().max()), 1e-30) if one.numel() else 0.0
+        for one, other in zip(expected, found, strict=True)
+    )
 
 
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor.clone()
+@torch.no_grad()
+def _outputs(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    dtype = next((parameter.dtype for parameter in network.parameters()), torch.float64)
+
+    def placed(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu().to(dtype, copy=True) if tensor.is_floating_point() else tensor.cpu().clone()
+
+    call: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, placed, (tuple(args), dict(kwargs)))
+    with same_random_numbers():
+        return [tensor for tensor in output_tensors(network(*call[0], **call[1])) if tensor.is_floating_point()]
 
 
-def _unread(model: nn.Module, example_inputs: Any) -> tuple[tuple[ChannelGroup, ...], list[Tensor]]:
-    """Return the channel groups of a model, and which of their units are read."""
+def _unread(
+    model: nn.Module, example_inputs: Any
+) -> tuple[tuple[Sequence[Any], Mapping[str, Any]], tuple[ChannelGroup, ...], list[Tensor]]:
+    """Return a call of a model, its channel groups, and which units stay: what is read, as much of each block."""
     if example_inputs is None and isinstance(model, pl.LightningModule):
         example_inputs = model.example_input_array
     if example_inputs is None:
@@ -190,7 +205,16 @@ def _unread(model: nn.Module, example_inputs: Any) -> tuple[tuple[ChannelGroup, 
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), (args, kwargs))
     groups = find_channel_groups(strip(copy_of(model)).cpu().float(), args, kwargs).groups
-    return groups, [~unread_units(model, group) for group in groups]
+    kept = []
+    for group in groups:
+        unread = unread_units(model, group)
+        blocks = torch.zeros(group.n_units, dtype=torch.long) if group.blocks is None else group.blocks
+        rows = [(unread & (blocks == block)).nonzero().flatten() for block in range(group.n_blocks)]
+        n_gone = min(*(len(row) for row in rows), group.n_units // group.n_blocks - 1)
+        mask = torch.ones(group.n_units, dtype=torch.bool)
+        mask[torch.cat([row[:n_gone] for row in rows])] = False
+        kept.append(mask)
+    return (args, kwargs), groups, kept
 
 
 def _without(model: nn.Module, record: ChannelRecord) -> nn.Module:
@@ -207,12 +231,7 @@ def _without(model: nn.Module, record: ChannelRecord) -> nn.Module:
     if quantization is None or saved is None:
         return copied
     prefix = f"{root}." if root else ""
-    made = {
-        name.removeprefix(prefix): sides[side]
-        for name, sides in record.items()
-        for side in ("out", "both")
-        if side in sides and name.startswith(prefix)
-    }
+    made = {name.removeprefix(prefix): rows for name, rows in _made_channels(model, record, saved).items()}
     narrowed: Quantization = prepare(copied.get_submodule(root), quantization.scheme)
     narrowed.load_state_dict(narrowed_state(saved, made))
     if isinstance(copied, pl.LightningModule):
@@ -221,6 +240,25 @@ def _without(model: nn.Module, record: ChannelRecord) -> nn.Module:
         slot.take(narrowed)
         attach_state(copied, QUANTIZATION_KEY, slot.save, slot.load)
     return copied
+
+
+def _made_channels(model: nn.Module, record: ChannelRecord, quantized: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """Return the output channels that stay, by layer; of an attention module the rows of its heads.
+
+    Query, key and value are projected by parts of one parameter, each of which is rounded under a name of its own.
+    """
+    made: dict[str, Sequence[int]] = {}
+    rounded = [name.removeprefix(WEIGHT_PREFIX) for name in quantized["steps"]["steps"]]
+    for name, sides in record.items():
+        for side in ("out", "both"):
+            if side in sides:
+                made[name] = sides[side]
+        if "heads" in sides:
+            reading = next(part for part in head_parts(model.get_submodule(name)) if part.reads)
+            rows = reading.index[sides["heads"]].flatten().tolist()
+            projections = [part for part in rounded if f".{part}".rpartition(".linear")[0].endswith(f".{name}")]
+            made |= dict.fromkeys([f"{name}.{part.rpartition('.')[2]}" for part in projections], rows)
+    return made
 
 
 def _below(module: str, record: ChannelRecord) -> ChannelRecord:

@@ -224,10 +224,11 @@ def narrowed_state(state: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) 
     """
     moments = torch.split(state["moments"], [step.numel() for step in state["steps"].values()], 1)
     rows = [(name, step, part) for (name, step), part in zip(state["steps"].items(), moments, strict=True)]
-    rows = [
-        (name, step[list(kept[name])], part[:, list(kept[name])]) if name in kept and step.dim() else (name, step, part)
-        for name, step, part in rows
-    ]
+    for number, (name, step, part) in enumerate(rows):
+        if name in kept and step.dim():
+            # The groups of a transposed convolution share the step sizes of a column: there are fewer than channels.
+            stays = [channel for channel in kept[name] if channel < step.numel()]
+            rows[number] = (name, step[stays], part[:, stays])
     return {
         "steps": {name: step for name, step, _ in rows},
         "moments": torch.cat([part for *_, part in rows], 1) if rows else state["moments"],

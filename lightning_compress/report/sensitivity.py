@@ -116,6 +116,8 @@ class SensitivityReport:
         """
         style, figure_class, canvas_class = import_matplotlib()
         kinds = [kind for kind in ("channels", "bits") if self._names(kind)]
+        if not kinds:
+            raise ValueError("The report holds no trials that could be drawn.")
         longest = max(len(self._names(kind)) for kind in kinds)
         with style.context("default"):
             figure = figure_class(figsize=(max(6.0, 2.0 + 0.22 * longest), 3.6 * len(kinds)), layout="constrained")

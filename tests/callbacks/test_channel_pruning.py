@@ -195,6 +195,42 @@ def test_a_network_that_was_pruned_elsewhere_is_shrunk_by_its_zeros(tmp_path: Pa
         shrink(plain)
 
 
+def test_zeros_of_other_pruning_are_removed_only_as_blocks_allow(tmp_path: Path) -> None:
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.grouped = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 4, 1, groups=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.grouped(self.before(x))  # type: ignore[no-any-return]
+
+    network = Grouped()
+    with torch.no_grad():
+        network.grouped.weight[:2, :3] = 0  # three inputs of the first group, one of the second
+        network.grouped.weight[2:, 1] = 0
+    small, record = shrink(network, IMAGES)
+    assert record == {"before": {"out": [1, 2, 3, 4, 6, 7]}, "grouped": {"in": [1, 2, 3, 4, 6, 7]}}
+    assert torch.allclose(small(IMAGES), network(IMAGES), atol=1e-6)
+
+
+def test_taylor_has_scores_at_its_first_choice(tmp_path: Path) -> None:
+    module = LayersOnSelf(16)
+    pruning = ChannelPruning(macs=0.5, end=1, importance="taylor", round_to=4)
+    fit(module, tmp_path, pruning)
+    (mask,) = pruning._state.kept
+    assert mask.tolist() != sorted(mask.tolist(), reverse=True)  # without scores the first ones stay
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_half_precision(precision: Any, tmp_path: Path) -> None:
+    module, pruning = LayersOnSelf(16), ChannelPruning(macs=0.5, round_to=4)
+    fit(module, tmp_path, pruning, precision=precision)
+    small, _ = shrink(module)
+    images = IMAGES.to(module.fc.weight.dtype)
+    assert torch.allclose(small.eval()(images), module.eval()(images), atol=0.05)
+    assert len(small.get_parameter("conv2.weight")) < 16
+
+
 def test_a_deep_copy_and_a_pickle_carry_their_channels(tmp_path: Path) -> None:
     module = LayersOnSelf(16)
     fit(module, tmp_path, ChannelPruning(macs=0.5, round_to=4))
@@ -261,6 +297,18 @@ def test_excluded_layers_and_budgets_hold(tmp_path: Path) -> None:
 )
 def test_arguments_out_of_range_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        ChannelPruning(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"macs": "half"}, "`macs` is the share that remains, a float, got str."),
+        ({"round_to": 2.5}, "`round_to` is a number of channels, an int, got float."),
+    ],
+)
+def test_arguments_of_another_type_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         ChannelPruning(**settings)
 
 

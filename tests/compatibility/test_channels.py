@@ -113,12 +113,13 @@ class Transformer(LayersOnSelf):
         return self.head(self.encoder(self.embed(image[:, 0])).mean(1))  # type: ignore[no-any-return]
 
 
-@works(AREA, "attention heads and hidden layers of `nn.TransformerEncoderLayer`, then int8")
-def test_heads_go(tmp_path: Path) -> None:
+@works(AREA, "attention heads and hidden layers of `nn.TransformerEncoderLayer`, then 8 or 4 bits")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_heads_go(bits: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Transformer()
     pruning = ChannelPruning(macs=0.6, end=0.4, round_to=1, scope="layer")
-    quantization = QuantizationAwareTraining(start=0.5, freeze=0.75)
+    quantization = QuantizationAwareTraining(weight_bits=bits, activation_bits=bits, start=0.5, freeze=0.75)
     fit(module, tmp_path, pruning, quantization, OnnxExport(tmp_path / "model.onnx", latency=False), max_epochs=4)
     assert pruning.widths["encoder.self_attn"][1] < 4
     assert pruning.widths["encoder.linear1"][1] < 32

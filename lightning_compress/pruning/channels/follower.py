@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.pruning.channels.attention import attention_macs, head_parts
 from lightning_compress.pruning.channels.labels import LabelledRun, Reads, Side
+from lightning_compress.pruning.channels.outputs import output_tensors, same_random_numbers
 
 
 def _names(words: str) -> frozenset[str]:
@@ -37,6 +38,9 @@ MOVES = _names(
 
 EVEN_CUTS = frozenset({"chunk", "tensor_split", "hsplit", "vsplit"})
 """Functions that cut a dimension into parts of equal length, whatever its length is."""
+
+SELECTIONS = frozenset({"getitem", "narrow", "select", "unbind", "split"})
+"""Functions that take parts of a dimension by their places: where that takes some labels and not others, all stay."""
 
 ELEMENTWISE = _names(
     "add sub subtract mul multiply div divide true_divide radd rsub rmul rdiv rtruediv truediv iadd isub imul idiv "
@@ -91,15 +95,14 @@ def run_with_labels(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer hides its linear layers
     try:
-        with torch.no_grad(), follower.watching(), follower:
+        with same_random_numbers(), torch.no_grad(), follower.watching(), follower:
             outputs = model(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for module, mode in modes:
             module.training = mode
-    for leaf in pytree.tree_leaves(outputs):
-        if isinstance(leaf, Tensor):
-            run.freeze(follower.labels(leaf), "the model returns them")
+    for tensor in output_tensors(outputs):
+        run.freeze(follower.labels(tensor), "the model returns them")
     return run
 
 
@@ -227,7 +230,12 @@ class _Follower(TorchFunctionMode):
             return
         self._read(owner, "in", labels, groups)
         own = self._own(owner, n_out)
-        self._read(owner, "out", own, groups)
+        if is_transposed and groups > 1:  # rounding has one scale for the same column of all groups
+            for row in own.view(groups, -1)[1:]:
+                self.run.unite(own.view(groups, -1)[0], row)
+            self._read(owner, "out", own)
+        else:
+            self._read(owner, "out", own, groups)
         self._set(output, _along(own, 1, output.dim()))
 
     def _apply_linear(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
@@ -282,10 +290,12 @@ class _Follower(TorchFunctionMode):
         parts = [leaf for leaf in pytree.tree_leaves(moved) if isinstance(leaf, Tensor)]
         for output, labels in zip(outputs, parts, strict=True):
             self._set(output, _compressed(labels))
-        if name in EVEN_CUTS or (name in ("view", "reshape", "unflatten") and outputs[0].dim() > source.dim()):
+        if name in SELECTIONS or (name in EVEN_CUTS and len({part.shape for part in parts}) > 1):
+            before = set(self.labels(source).flatten().tolist())
+            if any(set(part.flatten().tolist()) != before for part in parts):
+                self._freeze(source, f"`{name}` takes some of them by their place")
+        elif name in EVEN_CUTS or (name in ("view", "reshape", "unflatten") and outputs[0].dim() > source.dim()):
             self._cut(name, source, outputs, parts)
-        elif name == "split" and _cuts(self.labels(source), outputs):
-            self._freeze(source, "`split` cuts them at a fixed place")
 
     def _cut(self, name: str, source: Tensor, outputs: list[Tensor], parts: list[Tensor]) -> None:
         """Note that the labels of one dimension are cut into parts of equal length, or into rows."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from lightning_compress.pruning.channels.labels import LabelledRun
 from lightning_compress.pruning.channels.places import ChannelGroup, Member
 from lightning_compress.pruning.channels.proof import first_line, proved
 from lightning_compress.selection import match_names
+
+N_SAMPLES = 2
+"""Samples on which a network is followed: the fewer, the quicker."""
 
 MAKES, READS = ("out", "both", "heads"), ("in", "heads")
 """The sides on which a layer makes its channels, and those on which they are read."""
@@ -71,16 +76,8 @@ def find_channel_groups(
         >>> found.left_alone
         {'4': 'the model returns them'}
     """
-    original, model = model, copy_of(model).double().eval()
-    sample: tuple[tuple[Any, ...], dict[str, Any]]
-    sample = pytree.tree_map_only(Tensor, _one_sample, (tuple(args), dict(kwargs or {})))
-    try:
-        run = run_with_labels(model, *sample)
-    except Exception as error:  # user code may raise anything
-        raise CompressionError(
-            f"The forward of `{type(original).__name__}` fails on one sample of the inputs in eval mode, so its "
-            f"channels cannot be followed: {first_line(error)} Give inputs that it runs on, or prune a submodule of it."
-        ) from error
+    original = model
+    model, sample, run = _followed(model, (tuple(args), dict(kwargs or {})))
     for name, user in _shared_layers(original, whole or original, run).items():
         for read in run.reads.get(name, []):
             run.freeze(read.labels, f"`{user}` uses the layer too, which is another network")
@@ -93,6 +90,37 @@ def find_channel_groups(
     _fill_zeros_(model)
     groups = proved(model, *sample, groups, left_alone)
     return ChannelGroups(tuple(groups), left_alone, run.costs)
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _followed(original: nn.Module, call: Call) -> tuple[nn.Module, Call, LabelledRun]:
+    """Follow a copy of a model in float64 on two samples; where that fails in float32, or on the whole batch."""
+    failure: Exception | None = None
+    for dtype in (torch.float64, torch.float32):
+        for samples in (N_SAMPLES, None):
+            model, inputs = copy_of(original).to(dtype).eval(), _inputs(call, samples, dtype)
+            try:
+                return model, inputs, run_with_labels(model, *copy.deepcopy(inputs))
+            except Exception as error:  # user code may raise anything
+                failure = failure or error
+    raise CompressionError(
+        f"The forward of `{type(original).__name__}` fails on the inputs in eval mode, so its channels cannot be "
+        f"followed: {first_line(failure)} Give inputs that it runs on, or prune a submodule of it."  # type: ignore[arg-type]
+    ) from failure
+
+
+def _inputs(call: Call, n_samples: int | None, dtype: torch.dtype) -> Call:
+    """Return the first samples of the inputs, where they have the batch as first dimension, in one precision."""
+    sizes = [leaf.shape[0] for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
+
+    def prepared(tensor: Tensor) -> Tensor:
+        tensor = tensor[:n_samples] if tensor.dim() and tensor.shape[0] == sizes[0] else tensor
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    found: Call = pytree.tree_map_only(Tensor, prepared, call)
+    return found
 
 
 def _groups(run: LabelledRun) -> tuple[list[ChannelGroup], dict[str, str]]:
@@ -128,7 +156,8 @@ def _groups(run: LabelledRun) -> tuple[list[ChannelGroup], dict[str, str]]:
     group_of: dict[Any, list[int]] = {}
     for label, signature in signatures.items():
         group_of.setdefault(partitions.get(label, (tuple(signature), None))[0], []).append(label)
-    groups = []
+    groups: list[ChannelGroup] = []
+    taken: set[str] = set()
     for alike in group_of.values():
         ours = sorted(alike)
         units = {label: unit for unit, label in enumerate(ours)}
@@ -137,7 +166,10 @@ def _groups(run: LabelledRun) -> tuple[list[ChannelGroup], dict[str, str]]:
             for (name, side), roots in sides.items()
             if (hits := [(at, label) for at, label in enumerate(roots.tolist()) if label in units])
         )
-        name = next(member.module for member in members if member.side in MAKES)
+        makers = [member.module for member in members if member.side in MAKES]
+        names = [*makers, *(f"{makers[0]}#{number}" for number in range(2, len(groups) + 3))]
+        name = next(name for name in names if name not in taken)  # two groups may begin in one layer
+        taken.add(name)
         blocks = None
         if ours[0] in partitions:
             _, numbers = zip(*[partitions[label] for label in ours], strict=True)
@@ -185,11 +217,11 @@ def _partitions(run: LabelledRun, reasons: dict[int, str]) -> dict[int, tuple[in
 
 @torch.no_grad()
 def _fill_zeros_(model: nn.Module) -> None:
-    """Give parameters that are nothing but zeros random values: behind a head of zeros anything would be proved."""
+    """Give what is nothing but zeros random values: behind a head or a gate of zeros anything would be proved."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() and not parameter.any():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    for values in chain(model.parameters(), model.buffers()):
+        if values.is_floating_point() and not values.any():
+            values.copy_(0.1 * torch.randn(values.shape, generator=generator, dtype=values.dtype))
 
 
 def _shared_layers(model: nn.Module, whole: nn.Module, run: LabelledRun) -> dict[str, str]:
@@ -220,8 +252,3 @@ def _shared_layers(model: nn.Module, whole: nn.Module, run: LabelledRun) -> dict
 
 def _is_called_at_all(module: nn.Module) -> bool:
     return not isinstance(module, nn.ModuleList | nn.ModuleDict)
-
-
-def _one_sample(tensor: Tensor) -> Tensor:
-    sample = tensor[:1] if tensor.dim() else tensor
-    return sample.double() if sample.is_floating_point() else sample

@@ -8,16 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lightning_compress.pruning.channels.narrowing import narrow_
+from lightning_compress.pruning.channels.outputs import output_tensors, same_random_numbers
 from lightning_compress.pruning.channels.places import ChannelGroup, record_of, removed_places
 
 TOLERANCE = 1e-9
 """Largest difference, relative to the largest output, of a masked and a removed network that compute in float64."""
 
-SHARE_TRIED = 0.5
-"""Share of the channels that are removed to see whether a network still runs and computes the same."""
+TOLERANCE_FLOAT32 = 1e-4
+"""The same for a network that cannot compute in float64."""
+
+SHARES_TRIED = (0.5, 0.1, 0.9)
+"""Shares of the channels of which random numbers are removed to see whether a network still computes the same."""
 
 
 def first_line(error: Exception) -> str:
@@ -59,35 +62,46 @@ def _failure(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], groups: Sequence[ChannelGroup]
 ) -> str | None:
     """Return what goes wrong when channels of ``groups`` are removed, or None."""
-    if not groups:
-        return None
+    failures = (_failure_of(model, args, kwargs, groups, share) for share in SHARES_TRIED if groups)
+    return next((failure for failure in failures if failure is not None), None)
+
+
+def _failure_of(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], groups: Sequence[ChannelGroup], share: float
+) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    kept = [_some_units(group, generator) for group in groups]
+    kept = [_some_units(group, generator, share) for group in groups]
     masked, removed = copy.deepcopy(model), copy.deepcopy(model)
     try:
         with torch.no_grad():
             for place in removed_places(masked, groups, kept):
                 place.clear_(masked.get_parameter(place.parameter))
             narrow_(removed, record_of(model, groups, kept))
-            expected = [leaf for leaf in pytree.tree_leaves(masked(*args, **kwargs)) if isinstance(leaf, Tensor)]
-            found = [leaf for leaf in pytree.tree_leaves(removed(*args, **kwargs)) if isinstance(leaf, Tensor)]
+            with same_random_numbers():
+                expected = list(output_tensors(masked(*copy.deepcopy(args), **copy.deepcopy(kwargs))))
+            with same_random_numbers():
+                found = list(output_tensors(removed(*copy.deepcopy(args), **copy.deepcopy(kwargs))))
     except Exception as error:  # user code may raise anything
         return f"without some of them the forward fails: {first_line(error)}"
+    if not expected or len(expected) != len(found):
+        return "the output holds no tensors that could be compared"
+    is_double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+    tolerance = TOLERANCE if is_double else TOLERANCE_FLOAT32
     for one, other in zip(expected, found, strict=True):
         if one.shape != other.shape:
             return "without some of them the output has another shape"
         largest = float(one.abs().max()) if one.numel() else 0.0
-        if one.is_floating_point() and not bool(((one - other).abs() <= TOLERANCE * max(largest, 1e-30)).all()):
+        if one.is_floating_point() and not bool(((one - other).abs() <= tolerance * max(largest, 1e-30)).all()):
             return "without some of them the model does not compute what it computes with zeros in their place"
     return None
 
 
-def _some_units(group: ChannelGroup, generator: torch.Generator) -> Tensor:
-    """Return a random choice of units that stay, as many of each block."""
+def _some_units(group: ChannelGroup, generator: torch.Generator, share: float) -> Tensor:
+    """Return a random choice of units that stay, as many of each block; up to ``share`` of them goes."""
     kept = torch.zeros(group.n_units, dtype=torch.bool)
     blocks = torch.zeros(group.n_units, dtype=torch.long) if group.blocks is None else group.blocks
     size = group.n_units // group.n_blocks
-    n_kept = size - int(torch.randint(1, max(2, int(size * SHARE_TRIED) + 1), (), generator=generator))
+    n_kept = size - int(torch.randint(1, max(2, int(size * share) + 1), (), generator=generator))
     for block in range(group.n_blocks):
         units = (blocks == block).nonzero().flatten()
         kept[units[torch.randperm(len(units), generator=generator)[: max(1, n_kept)]]] = True

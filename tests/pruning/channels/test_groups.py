@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def places_of(group: ChannelGroup) -> list[str]:
         (networks.Flattened, {4: ["conv.out", "fc.in"]}),
         (networks.Depthwise, {8: ["depthwise.both", "narrow.in", "widen.out"]}),
         (networks.Grouped, {8: ["before.out", "grouped.in"], 12: ["after.in", "grouped.out"]}),
-        (networks.Transposed, {8: ["first.out", "grouped.in"], 4: ["grouped.out", "last.in"]}),
+        (networks.Transposed, {8: ["first.out", "grouped.in"], 2: ["grouped.out", "last.in"]}),
         (networks.Halves, {4: ["conv.out", "last.in"]}),
         (networks.Gates, {8: ["conv.out", "excite.out", "last.in", "squeeze.in"], 4: ["excite.in", "squeeze.out"]}),
         (networks.Scaled, {8: ["act.both", "conv.out", "last.in", "scale.dim0"]}),
@@ -141,6 +142,89 @@ def test_an_operation_that_is_not_known_freezes_what_it_reads() -> None:
     assert found.left_alone["left"] == "`sort` reads them"
 
 
+class TwoBranches(nn.Module):
+    """A layer that is added to two branches side by side: its channels are in two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short, self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        self.last = nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.short(x) + torch.cat([self.a(x), self.b(x)], 1))  # type: ignore[no-any-return]
+
+
+def test_every_group_has_a_name_of_its_own() -> None:
+    found = find_channel_groups(TwoBranches(), [IMAGES]).groups
+    assert [(group.name, group.n_units) for group in found] == [("short", 8), ("b", 8)]
+
+
+@dataclass
+class Result:
+    """An output that only its user knows."""
+
+    logits: Tensor
+    features: Tensor
+
+
+def test_what_an_object_of_the_users_returns_stays() -> None:
+    class ReturnsAll(networks.Concatenated):
+        def forward(self, x: Tensor) -> Result:  # type: ignore[override]
+            left = self.left(x)
+            return Result(self.last(torch.cat([left, self.right(x)], 1)), left)
+
+    found = find_channel_groups(ReturnsAll(), [IMAGES])
+    assert [group.name for group in found.groups] == ["right"]
+    assert found.left_alone["left"] == "the model returns them"
+
+
+def test_channels_that_are_taken_by_their_place_stay() -> None:
+    class Halved(networks.Concatenated):
+        def forward(self, x: Tensor) -> Tensor:
+            left = self.left(x)
+            half = left.shape[1] // 2
+            swapped = torch.cat([left[:, half:], left[:, :half]], 1)
+            return self.last(torch.cat([swapped, self.right(x)], 1))  # type: ignore[no-any-return]
+
+    found = find_channel_groups(Halved(), [IMAGES])
+    assert [group.name for group in found.groups] == ["right"]
+    assert found.left_alone["left"] == "`getitem` takes some of them by their place"
+
+
+def test_an_uneven_cut_keeps_its_channels() -> None:
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.one, self.two = nn.Conv2d(3, 9, 1), nn.Conv2d(5, 2, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.conv(x).chunk(2, 1)
+            return self.one(first) + self.two(second)  # type: ignore[no-any-return]
+
+    found = find_channel_groups(Uneven(), [IMAGES])
+    assert found.left_alone["conv"] == "`chunk` takes some of them by their place"
+
+
+def test_noise_and_single_precision_do_not_stand_in_the_way() -> None:
+    class Noisy(networks.Concatenated):
+        def forward(self, x: Tensor) -> Tensor:
+            noise = torch.randn(len(x), 1, *x.shape[2:], dtype=torch.float32)
+            return self.last(torch.cat([self.left(x), self.right(x)], 1).float() + noise)  # type: ignore[no-any-return]
+
+    assert [group.name for group in find_channel_groups(Noisy(), [IMAGES]).groups] == ["left", "right"]
+
+
+def test_an_input_without_a_batch_dimension_is_taken_whole() -> None:
+    class Weighted(networks.Concatenated):
+        def forward(self, x: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+            left = self.left(x) * weights[:, None, None]
+            return self.last(torch.cat([left, self.right(x)], 1))  # type: ignore[no-any-return]
+
+    found = find_channel_groups(Weighted(), [IMAGES, torch.rand(4)])
+    assert [group.name for group in found.groups] == ["right"]
+    assert found.left_alone["left"] == "they meet values that belong to no channel of a layer"
+
+
 def test_excluded_layers_keep_their_outputs() -> None:
     found = find_channel_groups(networks.Concatenated(), [IMAGES], exclude=["left"])
     assert [group.name for group in found.groups] == ["right"]
@@ -163,9 +247,7 @@ def test_a_layer_of_another_network_too_keeps_its_channels() -> None:
 
 
 def test_a_forward_that_fails_says_what_was_tried() -> None:
-    message = (
-        "The forward of `Flattened` fails on one sample of the inputs in eval mode, so its channels cannot be followed"
-    )
+    message = "The forward of `Flattened` fails on the inputs in eval mode, so its channels cannot be followed"
     with pytest.raises(CompressionError, match=message):
         find_channel_groups(networks.Flattened(), [torch.rand(2, 3, 9, 9)])
 
