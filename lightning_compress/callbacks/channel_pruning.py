@@ -47,6 +47,10 @@ BATCHES_HEARD = 16
 """Training batches in which the network must have been called."""
 
 
+MAX_OTHER_CALLS = 3
+"""Calls of the network in one training step that are followed beside the first."""
+
+
 class ChannelPruning(Compressor):
     """Prune whole channels gradually, until a share of the multiply-accumulates remains.
 
@@ -368,14 +372,18 @@ class ChannelPruning(Compressor):
         self._n_heard += 1
         if not self._tap.calls_so_far() and self._n_heard < BATCHES_HEARD:
             return  # a step may skip a batch
-        call = self._tap.calls()[0]
+        call, *others = self._tap.calls()
         args, kwargs = pytree.tree_map_only(Tensor, _plain_input, (call.args, call.kwargs))
+        other_calls = pytree.tree_map_only(
+            Tensor, _plain_input, [(other.args, other.kwargs) for other in others[:MAX_OTHER_CALLS]]
+        )
         self._remove_tap()
         state, network = self._state, pl_module.get_submodule(call.name)
         with ProgressLine("ChannelPruning") as progress:
             progress.tell("finding which channels go together")
             alone = strip(copy_of(network)).cpu().float()
-            found = find_channel_groups(alone, args, kwargs, self.exclude, self._outside(pl_module, network, alone))
+            whole = self._outside(pl_module, network, alone)
+            found = find_channel_groups(alone, args, kwargs, self.exclude, whole, other_calls)
             state.module, state.groups, state.costs = call.name, found.groups, found.costs
             state.total_cost = model_statistics(alone, args, kwargs).macs
             state.left_alone = found.left_alone

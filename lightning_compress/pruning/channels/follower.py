@@ -69,16 +69,25 @@ WRITES = frozenset({"setitem", "set", "index_put", "scatter", "index_copy", "ind
 CONVOLUTIONS = frozenset(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
 
 
-def run_with_labels(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LabelledRun:
-    """Run ``model`` once, in eval mode, and follow its channels.
+def run_with_labels(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    run: LabelledRun | None = None,
+    *,
+    is_training: bool = False,
+) -> LabelledRun:
+    """Run ``model`` once and follow its channels.
 
     Args:
         model: A module in float, whose forwards are its own.
         args: Positional inputs of its forward.
         kwargs: Keyword inputs.
+        run: What earlier runs told, which this one adds to; multiply-accumulates are those of the first.
+        is_training: Whether it runs in train mode.
 
     Returns:
-        What the run told.
+        What the runs told.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.Conv2d(3, 2, 1))
@@ -88,11 +97,11 @@ def run_with_labels(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
         >>> run.reasons()
         {4: 'the model returns them', 5: 'the model returns them'}
     """
-    run = LabelledRun()
-    follower = _Follower(model, run)
+    is_first, run = run is None, run or LabelledRun()
+    follower = _Follower(model, run, counts=is_first)
     modes = [(module, module.training) for module in model.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
+    model.train(is_training)
     torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer hides its linear layers
     try:
         with same_random_numbers(), torch.no_grad(), follower.watching(), follower:
@@ -109,8 +118,9 @@ def run_with_labels(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
 class _Follower(TorchFunctionMode):
     """Gives every tensor that a run makes its labels: a tensor of numbers that broadcasts to its shape."""
 
-    def __init__(self, model: nn.Module, run: LabelledRun) -> None:
+    def __init__(self, model: nn.Module, run: LabelledRun, *, counts: bool) -> None:
         super().__init__()
+        self.counts = counts
         self.model = model
         self.run = run
         self.path: list[str] = [""]
@@ -401,8 +411,9 @@ class _Follower(TorchFunctionMode):
 
     def _label_parameter(self, parameter: Tensor) -> Tensor:
         name = self._parameters[id(parameter)]
-        labels = self.run.new_labels(parameter.numel()).view(parameter.shape)
-        self.run.parameters[name] = labels
+        if name not in self.run.parameters:
+            self.run.parameters[name] = self.run.new_labels(parameter.numel()).view(parameter.shape)
+        labels = self.run.parameters[name]
         self._set(parameter, labels)
         return labels
 
@@ -428,7 +439,7 @@ class _Follower(TorchFunctionMode):
         self.run.freeze(second[first == 0], reason)
 
     def _count(self, owner: str, macs: int) -> None:
-        self.run.costs[owner] = self.run.costs.get(owner, 0) + macs
+        self.run.costs[owner] = self.run.costs.get(owner, 0) + macs * self.counts
 
     def _owner(self, weight: Tensor) -> str | None:
         """Return the name of the convolution or linear layer whose weight this is."""

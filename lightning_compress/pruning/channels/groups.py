@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,12 +49,13 @@ def find_channel_groups(
     kwargs: Mapping[str, Any] | None = None,
     exclude: Sequence[str] = (),
     whole: nn.Module | None = None,
+    other_calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]] = (),
 ) -> ChannelGroups:
     """Find which channels of ``model`` can only go together, and prove that they can.
 
-    One run on one sample follows every channel (`lightning_compress.pruning.channels.labels`). Then random units of all
-    groups are removed from a copy, which must compute what the model computes with these channels masked; a group
-    that breaks it is left alone.
+    Runs in eval and in train mode follow every channel (`lightning_compress.pruning.channels.follower`). Then random
+    units of all groups are removed from a copy, which must compute what the model computes with these channels masked;
+    a group that breaks it is left alone.
 
     Args:
         model: Any module in float, with its own forwards, on the device of its inputs; it is left as it is.
@@ -61,6 +63,7 @@ def find_channel_groups(
         kwargs: Keyword inputs.
         exclude: Patterns of names of layers whose output channels stay.
         whole: What ``model`` is a part of: layers that other parts of it use as well keep their channels.
+        other_calls: Arguments of other calls that go other ways through the forward.
 
     Returns:
         The groups, and why other layers keep their channels.
@@ -77,7 +80,8 @@ def find_channel_groups(
         {'4': 'the model returns them'}
     """
     original = model
-    model, sample, run = _followed(model, (tuple(args), dict(kwargs or {})))
+    calls = [(tuple(args), dict(kwargs or {})), *((tuple(more), dict(named)) for more, named in other_calls)]
+    model, samples, run = _followed(model, calls)
     for name, user in _shared_layers(original, whole or original, run).items():
         for read in run.reads.get(name, []):
             run.freeze(read.labels, f"`{user}` uses the layer too, which is another network")
@@ -88,23 +92,34 @@ def find_channel_groups(
                 run.freeze(read.labels, "`exclude` names it")
     groups, left_alone = _groups(run)
     _fill_zeros_(model)
-    groups = proved(model, *sample, groups, left_alone)
+    for sample in samples:
+        groups = proved(model, *sample, groups, left_alone)
     return ChannelGroups(tuple(groups), left_alone, run.costs)
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def _followed(original: nn.Module, call: Call) -> tuple[nn.Module, Call, LabelledRun]:
+def _followed(original: nn.Module, calls: Sequence[Call]) -> tuple[nn.Module, list[Call], LabelledRun]:
     """Follow a copy of a model in float64 on two samples; where that fails in float32, or on the whole batch."""
     failure: Exception | None = None
     for dtype in (torch.float64, torch.float32):
-        for samples in (N_SAMPLES, None):
-            model, inputs = copy_of(original).to(dtype).eval(), _inputs(call, samples, dtype)
+        for n_samples in (N_SAMPLES, None):
+            model = copy_of(original).to(dtype)
+            samples = [_inputs(call, n_samples, dtype) for call in calls]
             try:
-                return model, inputs, run_with_labels(model, *copy.deepcopy(inputs))
+                run: LabelledRun | None = None
+                for sample in samples:
+                    run = run_with_labels(model, *copy.deepcopy(sample), run)
             except Exception as error:  # user code may raise anything
                 failure = failure or error
+                continue
+            assert run is not None
+            for sample in samples:
+                # What is there in training alone, such as auxiliary heads, reads channels too.
+                with contextlib.suppress(Exception):  # as a batch norm's on single values
+                    run_with_labels(copy_of(model), *copy.deepcopy(sample), run, is_training=True)
+            return model.eval(), samples, run
     raise CompressionError(
         f"The forward of `{type(original).__name__}` fails on the inputs in eval mode, so its channels cannot be "
         f"followed: {first_line(failure)} Give inputs that it runs on, or prune a submodule of it."  # type: ignore[arg-type]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -205,6 +206,36 @@ def test_an_uneven_cut_keeps_its_channels() -> None:
     assert found.left_alone["conv"] == "`chunk` takes some of them by their place"
 
 
+def test_what_reads_channels_in_training_alone_is_a_member_too() -> None:
+    class WithAuxiliary(networks.Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.auxiliary = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            first = self.first(x)
+            result = self.last(torch.relu(self.bn(self.second(first)) + first))
+            return (result, self.auxiliary(first)) if self.training else result
+
+    (group,) = find_channel_groups(WithAuxiliary(), [IMAGES]).groups
+    assert "auxiliary.in" in places_of(group)
+
+
+def test_other_calls_go_other_ways() -> None:
+    class TwoTasks(networks.Concatenated):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor, task: str = "first") -> Tensor:
+            left = self.left(x)
+            return self.other(left) if task == "second" else self.last(torch.cat([left, self.right(x)], 1))  # type: ignore[no-any-return]
+
+    left, right = find_channel_groups(TwoTasks(), [IMAGES], other_calls=[((IMAGES,), {"task": "second"})]).groups
+    assert places_of(left) == ["last.in", "left.out", "other.in"]
+    assert places_of(right) == ["last.in", "right.out"]
+
+
 def test_noise_and_single_precision_do_not_stand_in_the_way() -> None:
     class Noisy(networks.Concatenated):
         def forward(self, x: Tensor) -> Tensor:
@@ -287,7 +318,7 @@ def test_a_group_comes_back_from_a_checkpoint() -> None:
 def test_groups_are_those_of_torch_pruning(name: str) -> None:
     torchvision = pytest.importorskip("torchvision")
     torch_pruning = pytest.importorskip("torch_pruning")
-    options = {"init_weights": False} if name == "googlenet" else {}
+    options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
     network = torchvision.models.get_model(name, weights=None, **options).eval()
     image = torch.rand(1, 3, 64, 64)
     ours = {
