@@ -19,10 +19,12 @@ from typing_extensions import override
 from lightning_compress.callbacks.channel_pruning import STATE_KEY as CHANNELS_KEY
 from lightning_compress.callbacks.checkpoint import attached_state
 from lightning_compress.callbacks.clock import completed_steps
-from lightning_compress.callbacks.complete_weights import best_complete_checkpoint, save_weights
+from lightning_compress.callbacks.complete_weights import best_complete_checkpoint
 from lightning_compress.callbacks.compressor import Exporter, ended_early, has_begun, is_complete
-from lightning_compress.callbacks.file_metric import FileForward, quiet_lightning
+from lightning_compress.callbacks.export_paths import check_writable, keep_weights, kept_weights, marked_incomplete
+from lightning_compress.callbacks.file_metric import FileForward
 from lightning_compress.callbacks.forward_tap import ForwardTap
+from lightning_compress.callbacks.own_validation import own_trainer, validated, validation_loaders
 from lightning_compress.callbacks.progress import ProgressLine
 from lightning_compress.callbacks.random_state import RandomState, attach_random_state
 from lightning_compress.callbacks.shrinking import check_shrunk, shrink
@@ -35,7 +37,7 @@ from lightning_compress.export.onnx import write_onnx
 from lightning_compress.export.packing import storage_note
 from lightning_compress.export.parts import UnexportableError
 from lightning_compress.export.session import import_onnxruntime, open_session
-from lightning_compress.processes import alone, odd_ranks
+from lightning_compress.processes import odd_ranks
 from lightning_compress.pruning.channels.state import ChannelState
 from lightning_compress.quantization import quantization_of, strip
 from lightning_compress.report import (
@@ -47,7 +49,7 @@ from lightning_compress.report import (
     model_statistics,
     plot_run,
 )
-from lightning_compress.unfinished import remove_leftovers, unfinished_folder
+from lightning_compress.unfinished import remove_leftovers
 
 READ_EVERY = 50
 """Steps between two readings of logged values: reading one waits for the device."""
@@ -135,7 +137,7 @@ class OnnxExport(Exporter):
         if trainer.is_global_zero and not _writes_nothing(trainer):
             for path in (self.path, self.path.with_name("report.json"), self.path.with_name("report.png")):
                 check_writable(path)
-            remove_leftovers(_kept_weights(self.path))
+            remove_leftovers(kept_weights(self.path))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -253,7 +255,7 @@ class OnnxExport(Exporter):
             return
         self._target, self._notes = self.path, []
         if not is_complete(trainer):
-            self._target, self._notes = _marked_incomplete(self.path), [ended_early(trainer)]
+            self._target, self._notes = marked_incomplete(self.path), [ended_early(trainer)]
             rank_zero_warn(
                 f"{self._notes[0]} The incomplete network goes to {self._target}; {self.path} is left as it is. Resume "
                 "the run to finish, or choose earlier moments."
@@ -261,7 +263,7 @@ class OnnxExport(Exporter):
         try:
             self._export(trainer, pl_module)
         except BaseException:
-            _keep_weights(trainer, pl_module, _kept_weights(self._target))
+            keep_weights(trainer, pl_module, kept_weights(self._target))
             raise
 
     @override
@@ -325,7 +327,7 @@ class OnnxExport(Exporter):
             progress.tell("writing the report")
             json_path, picture_path = (self.path.with_name(f"report.{kind}") for kind in ("json", "png"))
             if not is_complete(trainer):
-                json_path, picture_path = _marked_incomplete(json_path), _marked_incomplete(picture_path)
+                json_path, picture_path = marked_incomplete(json_path), marked_incomplete(picture_path)
             self.report.write_json(json_path)
             self._plot(picture_path)
         print(f"\n{self.report.to_text()}")
@@ -349,12 +351,12 @@ class OnnxExport(Exporter):
 
         It runs on this process alone.
         """
-        loaders = _validation_loaders(trainer)
+        loaders = validation_loaders(trainer)
         if loaders is None:
             return
         module = copy_of(pl_module)
         self._tap = ForwardTap(module, self.module)
-        self._metric_after = _validated(_own_trainer(trainer, [_Listener(self)]), module, loaders, self.metric)
+        self._metric_after = validated(own_trainer(trainer, [_Listener(self)]), module, loaders, self.metric)
         self._remove_tap()
 
     def _measured(
@@ -414,7 +416,7 @@ class OnnxExport(Exporter):
         assert self.metric is not None
         after = _number(trainer.callback_metrics.get(self.metric))
         after = self._metric_after if after is None else after
-        if _validation_loaders(trainer) is None or trainer.world_size > 1:
+        if validation_loaders(trainer) is None or trainer.world_size > 1:
             return Metric(self.metric, self._metric_before, after)
         return Metric(self.metric, self._metric_before, after, self._metric_of_file(trainer, chosen))
 
@@ -424,7 +426,7 @@ class OnnxExport(Exporter):
         assert self.metric is not None
         module = copy_of(chosen)
         vars(module.get_submodule(self._called))["forward"] = FileForward(self._target, self.result)
-        return _validated(_own_trainer(trainer), module, _validation_loaders(trainer), self.metric)
+        return validated(own_trainer(trainer), module, validation_loaders(trainer), self.metric)
 
     def _chosen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
         if self.weights == "last":
@@ -454,23 +456,6 @@ class OnnxExport(Exporter):
             rank_zero_info(f"No picture of the run was made: {error}")
 
 
-def _kept_weights(path: Path) -> Path:
-    return path.with_name(f"{path.name}.ckpt")
-
-
-def _keep_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> None:
-    """Write the trained weights after a failed export, and tell; the export's own error is the one to raise."""
-    try:
-        save_weights(pl_module, trainer, path)
-    except (OSError, RuntimeError) as error:  # torch turns some of the system's errors into its own
-        rank_zero_warn(
-            f"The export failed, and {path} could not be written either ({error}): the trained weights are in the "
-            "module alone. Save them with `trainer.save_checkpoint` where there is room."
-        )
-    else:
-        rank_zero_warn(f"The export failed; the trained weights are kept in {path}.")
-
-
 class _Listener(pl.Callback):
     """Hands the batches of a validation to an export, as those of the fit's own."""
 
@@ -486,60 +471,6 @@ class _Listener(pl.Callback):
         self.export.on_validation_batch_end(trainer, *args, **kwargs)
         # A metric is one of all batches.
         trainer.should_stop = self.export.metric is None and not self.export._wants_more()
-
-
-def _validation_loaders(trainer: pl.Trainer) -> Any:
-    """Return the loaders of the fit's validation, made anew where no step has needed them yet; None without any."""
-    if trainer.val_dataloaders is not None:
-        return trainer.val_dataloaders
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source
-    return source.dataloader() if source.is_defined() and trainer.enable_validation else None
-
-
-def _validated(trainer: pl.Trainer, module: pl.LightningModule, loaders: Any, metric: str | None) -> float | None:
-    """Run the user's validation, on this process alone, and return the metric."""
-    with quiet_lightning(), alone():
-        found = trainer.validate(module, dataloaders=loaders, verbose=False)
-    return next((float(row[metric]) for row in found if metric is not None and metric in row), None)
-
-
-def _own_trainer(trainer: pl.Trainer, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
-    """Return a Trainer for a validation of our own, on as many batches as the user's."""
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=trainer.limit_val_batches,
-        default_root_dir=trainer.default_root_dir,
-    )
-
-
-def check_writable(path: Path) -> None:
-    """Check, by making an empty folder next to it and removing it, that a file can be written at ``path``.
-
-    Raises:
-        ValueError: If it cannot; before the training rather than after it.
-
-    Example:
-        >>> check_writable(Path(tempfile.mkdtemp()) / "model.onnx")
-    """
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder")
-        with unfinished_folder(path):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"`OnnxExport` cannot write {path}: {error.strerror or error}. Choose a path in a folder you may write to."
-        ) from error
-
-
-def _marked_incomplete(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.incomplete{path.suffix}")
 
 
 def _writes_nothing(trainer: pl.Trainer) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_compress import MagnitudePruning, OnnxExport, QuantizationAwareTraining
 from lightning_compress.callbacks import onnx_export
 from lightning_compress.callbacks.complete_weights import best_complete_checkpoint
-from lightning_compress.callbacks.onnx_export import check_writable
+from lightning_compress.callbacks.export_paths import check_writable
 from lightning_compress.errors import CompressionError, MissingExtraError, ParityError
 from lightning_compress.export.parts import UnexportableError
 from lightning_compress.quantization.affine import integer_weight
