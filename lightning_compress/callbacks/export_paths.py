@@ -18,7 +18,9 @@ def check_writable(path: Path) -> None:
         ValueError: If it cannot; before the training rather than after it.
 
     Example:
-        >>> check_writable(Path(tempfile.mkdtemp()) / "model.onnx")
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     check_writable(Path(folder) / "model.onnx")
     """
     try:
         if path.is_dir():
