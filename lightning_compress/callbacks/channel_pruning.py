@@ -436,8 +436,9 @@ class ChannelPruning(Compressor):
 
     def _floors(self) -> list[float]:
         """Return the least share of units that stays, for each group."""
-        names = {group: _makers(group) for group in self._state.groups}
-        known = [self._full_name(name) for makers in names.values() for name in makers]
+        # A group goes by its own name too, where its first layer makes channels of several groups.
+        names = {group: dict.fromkeys([group.name, *_makers(group)]) for group in self._state.groups}
+        known = [self._full_name(name) for its_names in names.values() for name in its_names]
         floors = dict.fromkeys(known, self.floor)
         for pattern, share in self.budget.items():
             for name in match_names(known, [pattern], "budget"):
