@@ -86,7 +86,8 @@ def main() -> None:
         for row in rows
     ]
     print(f"\n{key}\n\n{markdown_table(table)}")
-    _plot([(row["job"], times["ONNX Runtime"][row["job"], 1], row["accuracy"]) for row in rows], options.picture)
+    points = [(row["job"], times["ONNX Runtime"][row["job"], 1], row["accuracy"]) for row in rows]
+    _plot(points, images.name, options.picture)
 
 
 def _wanted(job: str, options: argparse.Namespace) -> bool:
@@ -238,7 +239,7 @@ def _openvino_times(files: Mapping[str, Path], rounds: int) -> dict[tuple[str, i
     return medians
 
 
-def _plot(points: Sequence[tuple[str, float, float]], path: Path) -> None:
+def _plot(points: Sequence[tuple[str, float, float]], images: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -250,7 +251,7 @@ def _plot(points: Sequence[tuple[str, float, float]], path: Path) -> None:
     axes.set(
         xlabel="ONNX Runtime, one image of 224 pixels, ms",
         ylabel="test accuracy of the file, %",
-        title="ResNet-50 on Fashion-MNIST: the same epochs, one fit each",
+        title=f"ResNet-50 on {images}: the same epochs, one fit each",
         xlim=(0, 1.25 * max(milliseconds for _, milliseconds, _ in points)),
     )
     lowest = min(accuracy for *_, accuracy in points)
