@@ -64,12 +64,7 @@ def _is_for(bits: Tensor, weight: Tensor) -> bool:
 @torch.no_grad()
 def _keep_bits_(weight: Tensor, bits: Tensor) -> None:
     # The zero is +0.0, also where the weight was negative, infinite or NaN.
-    whole = weight.detach().view(bits.dtype)
-    if whole.device.type == "cpu":
-        # As in the making of masks: one thread waits for nobody, and memory, not arithmetic, is the limit.
-        np.bitwise_and(whole.numpy(), bits.numpy(), out=whole.numpy())
-    else:
-        whole.bitwise_and_(bits)
+    weight.detach().view(bits.dtype).bitwise_and_(bits)
 
 
 @torch.no_grad()

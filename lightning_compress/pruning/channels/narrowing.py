@@ -109,10 +109,10 @@ def _narrow_convolution(module: Any, side: str, kept: Tensor) -> None:
         _select(module, "bias", 0, kept)
         module.in_channels = module.out_channels = module.groups = len(kept)
     elif side == "in":
-        _set(module, "weight", kept_inputs(module, module.weight, kept))
+        _replace(module, "weight", kept_inputs(module, module.weight, kept))
         module.in_channels = len(kept)
     else:
-        _set(module, "weight", kept_outputs(module, module.weight, kept))
+        _replace(module, "weight", kept_outputs(module, module.weight, kept))
         _select(module, "bias", 0, kept)
         module.out_channels = len(kept)
 
@@ -130,15 +130,7 @@ def kept_inputs(module: Any, weight: Tensor, kept: Tensor) -> Tensor:
         >>> kept_inputs(grouped, grouped.weight, torch.tensor([0, 3])).shape
         torch.Size([2, 1, 1, 1])
     """
-    kept, n_groups = kept.to(weight.device), module.groups
-    if n_groups == 1:
-        return weight.index_select(0 if module.transposed else 1, kept)
-    if module.transposed:  # (in, out / groups, ...)
-        return weight.index_select(0, kept)
-    per_group = module.in_channels // n_groups
-    rows = weight.chunk(n_groups)
-    local = [kept[(kept // per_group) == group] - group * per_group for group in range(n_groups)]
-    return torch.cat([row.index_select(1, index) for row, index in zip(rows, local, strict=True)])
+    return weight.index_select(0, kept.to(weight.device)) if module.transposed else _kept_columns(module, weight, kept)
 
 
 def kept_outputs(module: Any, weight: Tensor, kept: Tensor) -> Tensor:
@@ -154,25 +146,20 @@ def kept_outputs(module: Any, weight: Tensor, kept: Tensor) -> Tensor:
         >>> kept_outputs(grouped, grouped.weight, torch.tensor([0, 3])).shape
         torch.Size([2, 1, 1, 1])
     """
-    kept, n_groups = kept.to(weight.device), module.groups
-    if not module.transposed:
-        return weight.index_select(0, kept)
-    if n_groups == 1:
-        return weight.index_select(1, kept)
-    per_group = module.out_channels // n_groups
-    rows = weight.chunk(n_groups)
-    local = [kept[(kept // per_group) == group] - group * per_group for group in range(n_groups)]
-    return torch.cat([row.index_select(1, index) for row, index in zip(rows, local, strict=True)])
+    return _kept_columns(module, weight, kept) if module.transposed else weight.index_select(0, kept.to(weight.device))
+
+
+def _kept_columns(module: Any, weight: Tensor, kept: Tensor) -> Tensor:
+    """Return ``weight`` with some of its columns alone: each group has its own rows, and counts its columns from 0."""
+    rows, per_group = weight.chunk(module.groups), weight.shape[1]
+    parts = [kept[kept // per_group == group] - group * per_group for group in range(module.groups)]
+    return torch.cat([row.index_select(1, part.to(row.device)) for row, part in zip(rows, parts, strict=True)])
 
 
 def _select(module: nn.Module, name: str, dim: int, kept: Tensor) -> None:
     value = getattr(module, name, None)
     if value is not None:
-        _set(module, name, value.index_select(dim, kept.to(value.device)))
-
-
-def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    _replace(module, name, value)
+        _replace(module, name, value.index_select(dim, kept.to(value.device)))
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:
