@@ -17,7 +17,7 @@ from lightning_compress.callbacks.quantization import QuantizationSlot
 from lightning_compress.callbacks.stripping import strip
 from lightning_compress.copying import copy_of
 from lightning_compress.errors import CompressionError
-from lightning_compress.pruning.channels.attention import head_parts
+from lightning_compress.pruning.channels.attention import head_parts, made_rows
 from lightning_compress.pruning.channels.groups import find_channel_groups
 from lightning_compress.pruning.channels.narrowing import ChannelRecord, narrow_
 from lightning_compress.pruning.channels.outputs import output_tensors, same_random_numbers
@@ -254,8 +254,11 @@ def _made_channels(model: nn.Module, record: ChannelRecord, quantized: Mapping[s
             if side in sides:
                 made[name] = sides[side]
         if "heads" in sides:
-            reading = next(part for part in head_parts(model.get_submodule(name)) if part.reads)
-            rows = reading.index[sides["heads"]].flatten().tolist()
+            attention = model.get_submodule(name)
+            joint = made_rows(attention, sides["heads"])
+            made |= {f"{name}.{layer}": rows for layer, rows in joint.items()}
+            reading = next(part for part in head_parts(attention) if part.role == "reads")
+            rows = joint.get("qkv") or reading.index[sides["heads"]].flatten().tolist()
             projections = [part for part in rounded if f".{part}".rpartition(".linear")[0].endswith(f".{name}")]
             made |= dict.fromkeys([f"{name}.{part.rpartition('.')[2]}" for part in projections], rows)
     return made

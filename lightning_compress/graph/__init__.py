@@ -18,6 +18,7 @@ from lightning_compress.graph.tracing import (
     passed_parameters,
     trace_module,
 )
+from lightning_compress.graph.windows import is_window_attention, window_attention
 
 __all__ = [
     "CallKey",
@@ -38,6 +39,7 @@ __all__ = [
     "is_operator",
     "is_passed",
     "is_shaped",
+    "is_window_attention",
     "memory_of",
     "multihead_attention",
     "overwritten_parameters",
@@ -47,4 +49,5 @@ __all__ = [
     "trace_module",
     "trace_program",
     "uncover",
+    "window_attention",
 ]

@@ -1,4 +1,4 @@
-"""Forwards of torch's own attention and transformer modules in plain operations, for tracing.
+"""Forwards of torch's and torchvision's own attention and transformer modules in plain operations, for tracing.
 
 The originals branch on values and shapes and take fused shortcuts that hide their matrix products.
 """
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+
+from lightning_compress.graph.windows import is_window_attention, window_attention
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Equivalent:
 
 
 def equivalent_of(module: nn.Module) -> Equivalent | None:
-    """Return the forward to trace instead of the one that ``module`` inherits from torch, or None.
+    """Return the forward to trace instead of the one that ``module`` inherits from torch or torchvision, or None.
 
     Args:
         module: Any module; one with a forward of its own has no equivalent.
@@ -54,11 +56,17 @@ def equivalent_of(module: nn.Module) -> Equivalent | None:
         return Equivalent(_encoder_layer, True, _is_batched)
     if isinstance(module, nn.TransformerEncoder) and forward is nn.TransformerEncoder.forward:
         return Equivalent(_encoder, True, _is_batched)
+    if is_window_attention(module):
+        return Equivalent(window_attention, True, _is_image)
     return None
 
 
 def _is_batched(values: Sequence[Any]) -> bool:
     return isinstance(values[0], Tensor) and values[0].dim() == 3
+
+
+def _is_image(values: Sequence[Any]) -> bool:
+    return isinstance(values[0], Tensor) and values[0].dim() == 4
 
 
 def multihead_attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class Quantization:
         self._noted: list[tuple[str, CallKey]] = []
         self._used: set[str] = set()
         self._modules: set[int] = set()
+        self._borrowed: set[int] = set()
         self.ranges.after_update = self._take_in_calls
         self._rewrite()
 
@@ -153,6 +155,7 @@ class Quantization:
         self._used = {*placement.bits, *(ACTIVATION_PREFIX + name for name in placement.bits)}
         self._used |= {WEIGHT_PREFIX + place.name for place in placement.weights.values()}
         self._modules = {id(module) for module in self.model.modules()}
+        self._borrowed = _borrowed(program, placement)
         rewrite(self.model, list(program.traces.values()), placement, self)
 
     def learn(self) -> None:
@@ -215,7 +218,10 @@ class Quantization:
         return {name: quantizer.bits for name, quantizer in self.weights.items() if WEIGHT_PREFIX + name in self._used}
 
     def unreached_layers(self) -> list[str]:
-        """Return the names of the quantized layers whose input was never observed."""
+        """Return the names of the quantized layers whose input was never observed.
+
+        One whose weight another module hands to a function is none of them: the function is quantized in its place.
+        """
         forwards = {name: forward_on(module) for name, module in self.model.named_modules()}
         return [
             name
@@ -223,6 +229,7 @@ class Quantization:
             if isinstance(forward, QuantizedLayerForward)
             and forward.weight.input_index is not None
             and not self.ranges.is_seen(forward.weight.input_index)
+            and id(self.model.get_submodule(name).weight) not in self._borrowed
         ]
 
     def waiting_layers(self) -> list[str]:
@@ -295,6 +302,18 @@ def narrowed_state(state: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) 
     """
     steps = step_sizes.narrowed_state(state["steps"], {WEIGHT_PREFIX + name: rows for name, rows in kept.items()})
     return {**state, "steps": steps}
+
+
+def _borrowed(program: Program, placement: Placement) -> set[int]:
+    """Return the identities of the parameters that quantized calls of functions read."""
+    return {
+        id(attrgetter(source.target)(trace.module))
+        for trace in program.traces.values()
+        for node in trace.evaluation.nodes
+        if node in placement.weights
+        for source in node.all_input_nodes
+        if source.op == "get_attr"
+    }
 
 
 def prepare(model: nn.Module, scheme: Scheme | None = None, **settings: Any) -> Quantization:

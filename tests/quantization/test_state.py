@@ -190,3 +190,21 @@ def test_a_quantization_that_begins_anew_is_as_it_was_prepared() -> None:
     assert is_equal(quantization.state_dict(), before)
     x = torch.rand(8, 4)
     assert torch.equal(net(x), F.linear(F.linear(x, first.weight, first.bias).relu(), last.weight, last.bias))
+
+
+def test_a_layer_whose_weight_a_function_is_given_is_not_unreached() -> None:
+    class Borrowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] > 3:  # known only when it is called
+                return F.linear(x, self.layer.weight)
+            return x
+
+    network = Borrowing()
+    quantization = prepare(network)
+    calibrate(network, [torch.rand(2, 4)])
+    assert quantization.layer_bits == {"linear": 8}
+    assert quantization.unreached_layers() == ["unused"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.graph import multihead_attention
+from lightning_compress.graph import is_window_attention, multihead_attention
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,14 @@ class HeadPart:
         parameter: Name of the parameter in the attention module.
         dim: Dimension along which the heads lie.
         index: Their positions along it, shape (heads, positions of a head).
-        reads: Whether these weights read the heads' results; the others make them.
+        role: Whether these weights make the heads' queries, keys and values, read the heads' results, or only have a
+            part in the scores, such as position biases.
     """
 
     parameter: str
     dim: int
     index: Tensor
-    reads: bool = False
+    role: Literal["makes", "reads", "scores"] = "makes"
 
     def of(self, module: nn.Module) -> Tensor:
         """Return the parameter."""
@@ -50,27 +52,76 @@ def head_parts(module: nn.Module) -> tuple[HeadPart, ...]:
         parts = [HeadPart("in_proj_weight", 0, makes)]
         if module.in_proj_bias is not None:
             parts.append(HeadPart("in_proj_bias", 0, makes))
-        return (*parts, HeadPart("out_proj.weight", 1, reads, reads=True))
+        return (*parts, HeadPart("out_proj.weight", 1, reads, "reads"))
+    if _is_window_attention(module) and module.num_heads > 1:
+        return _window_parts(module)
     return ()
 
 
-def attention_macs(module: nn.Module, query: Tensor, key: Tensor) -> tuple[int, int]:
+def _is_window_attention(module: nn.Module) -> bool:
+    return is_window_attention(module) or getattr(type(module), "has_fewer_heads", False)
+
+
+def _window_parts(module: Any) -> tuple[HeadPart, ...]:
+    makes, reads = _rows(module.num_heads, module.qkv.out_features // (3 * module.num_heads))
+    one_each = torch.arange(module.num_heads).unsqueeze(1)
+    parts = [HeadPart("qkv.weight", 0, makes)]
+    if module.qkv.bias is not None:
+        parts.append(HeadPart("qkv.bias", 0, makes))
+    parts.append(HeadPart("proj.weight", 1, reads, "reads"))
+    if getattr(module, "logit_scale", None) is None:
+        return (*parts, HeadPart("relative_position_bias_table", 1, one_each, "scores"))
+    return (*parts, HeadPart("logit_scale", 0, one_each, "scores"), HeadPart("cpb_mlp.2.weight", 0, one_each, "scores"))
+
+
+def made_rows(module: nn.Module, kept: Sequence[int]) -> dict[str, list[int]]:
+    """Return the rows that stay in every joint projection of an attention module that is a layer of its own.
+
+    Args:
+        module: An attention module whose heads `head_parts` knows.
+        kept: The heads that stay.
+
+    Returns:
+        Rows by the layer's name in the module; nothing where the projections are bare parameters.
+
+    Example:
+        >>> made_rows(nn.MultiheadAttention(2, 2), [0])
+        {}
+    """
+    return {
+        part.parameter.removesuffix(".weight"): sorted(part.index[list(kept)].flatten().tolist())
+        for part in head_parts(module)
+        if part.dim == 0 and part.parameter.endswith(".weight")
+    }
+
+
+def attention_macs(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
     """Return the multiply-accumulates of one sample in an attention module, and in what projects its result.
 
     Args:
-        module: The module.
-        query: What it looks from: batch, positions and channels, in its own order of the first two.
-        key: What it looks at.
+        module: An attention module whose heads `head_parts` knows.
+        args: Positional inputs of its forward.
+        kwargs: Keyword inputs.
 
     Example:
-        >>> attention_macs(nn.MultiheadAttention(4, 2, batch_first=True), torch.ones(1, 3, 4), torch.ones(1, 5, 4))
+        >>> attention_macs(nn.MultiheadAttention(4, 2, batch_first=True), [torch.ones(1, 3, 4), torch.ones(1, 5, 4)], {})
         (328, 48)
     """
-    assert isinstance(module, nn.MultiheadAttention)
-    here, there = (tensor.shape[1 if module.batch_first else 0] for tensor in (query, key))
-    width: int = module.embed_dim
+    if isinstance(module, nn.MultiheadAttention):
+        query, key = (kwargs[name] if name in kwargs else args[index] for index, name in enumerate(("query", "key")))
+        here, there = (tensor.shape[1 if module.batch_first else 0] for tensor in (query, key))
+        n_windows = 1
+    else:
+        image = kwargs["x"] if "x" in kwargs else args[0]
+        n_windows = 1
+        for size, window in zip(image.shape[1:3], module.window_size, strict=True):
+            n_windows *= -(-size // window)
+        here = there = module.window_size[0] * module.window_size[1]
+    reading = next(part for part in head_parts(module) if part.role == "reads")
+    width, inner = reading.of(module).shape
     # Query, keys and values are projected, scores and their products with values are computed.
-    return (here + 2 * there) * width**2 + 2 * here * there * width, here * width**2
+    heads = n_windows * ((here + 2 * there) * width * inner + 2 * here * there * inner)
+    return heads, n_windows * here * inner * width
 
 
 def narrow_heads_(module: Any, kept: Tensor) -> None:
@@ -93,11 +144,16 @@ def narrow_heads_(module: Any, kept: Tensor) -> None:
         owner_name, _, name = part.parameter.rpartition(".")
         owner: Any = module.get_submodule(owner_name)
         setattr(owner, name, nn.Parameter(old.detach().index_select(part.dim, positions), old.requires_grad))
-        if part.reads:
-            owner.in_features = len(positions)
+        if isinstance(owner, nn.Linear):
+            setattr(owner, "in_features" if part.dim else "out_features", len(positions))
     module.num_heads = len(kept)
-    module.__class__ = NarrowedAttention
-    module._qkv_same_embed_dim = False  # the fused encoder layer must not take it for one of full width
+    if isinstance(module, nn.MultiheadAttention):
+        module.__class__ = NarrowedAttention
+        module._qkv_same_embed_dim = False  # the fused encoder layer must not take it for one of full width
+    else:
+        from lightning_compress.pruning.channels.swin import narrowed_class
+
+        module.__class__ = narrowed_class(module)
 
 
 class NarrowedAttention(nn.MultiheadAttention):

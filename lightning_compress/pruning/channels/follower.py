@@ -203,13 +203,13 @@ class _Follower(TorchFunctionMode):
     def follow_attention(self, owner: str, inputs: Any, output: Any) -> None:
         """Follow an attention module whose heads are known: it reads its inputs whole, and its heads are its own."""
         module = self.model.get_submodule(owner)
-        reading = next(part for part in head_parts(module) if part.reads)
+        reading = next(part for part in head_parts(module) if part.role == "reads")
         self._freeze_all((inputs,), {}, "an attention module reads them")
         self._read(owner, "heads", self._own(owner, len(reading.index)))
         leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         makers, result = f"{owner}.{reading.parameter.rpartition('.')[0]}", leaves[0]
         args, kwargs = inputs
-        macs = attention_macs(module, _tensor(args, kwargs, "query"), _tensor(args, kwargs, "key", 1))
+        macs = attention_macs(module, args, kwargs)
         self._count(owner, macs[0])
         self._count(makers, macs[1])
         made = self._own(makers, len(reading.of(module)))

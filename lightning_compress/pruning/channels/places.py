@@ -272,7 +272,7 @@ def channel_sums(layer: nn.Module, side: str, measure: Callable[[Tensor], Tensor
         of_parts = [
             measure(part.of(layer).data).float().movedim(part.dim, 0).flatten(1).sum(1).cpu()[part.index].sum(1)
             for part in head_parts(layer)
-            if part.of(layer).dim() > 1 and (part.reads or not reads_alone)
+            if part.of(layer).dim() > 1 and part.role in (("reads",) if reads_alone else ("makes", "reads"))
         ]
         return torch.stack(of_parts).sum(0)
     weight, n_groups = layer.weight, getattr(layer, "groups", 1)
