@@ -3,8 +3,9 @@
 The protocol of `benchmarks.pruning_accuracy`: one float checkpoint of 4 epochs for each seed, then one epoch from it,
 all 60,000 images, the weights of the last step scored on all 10,000 test images. `ChannelPruning` with and without
 distillation from that very checkpoint stands beside Torch-Pruning as its README uses it (group magnitude importance;
-at once before the epoch, or in five steps, each followed by a fifth of the epoch) and beside a narrower dense network
-trained from scratch for all 5 epochs. All have the multiply-accumulates of `--macs`, as near as their widths allow.
+at once before the epoch, or in five steps, each followed by a fifth of the epoch). Then the same total budget from
+scratch: `ChannelPruning` in one fit of all 5 epochs stands beside a narrower dense network, both with and without
+distillation from the float checkpoint. All have the multiply-accumulates of `--macs`, as near as their widths allow.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ IMAGE = (torch.zeros(1, 1, 28, 28),)
 N_STEPS = 5
 """Steps of Torch-Pruning's iterative use."""
 
+WHOLE = replace(DENSE, epochs=DENSE.epochs + FINE_TUNE.epochs)
+"""The checkpoint's epochs and those of fine-tuning as one training."""
+
 
 def main() -> None:
     """Measure what is missing and print the table."""
@@ -56,7 +60,14 @@ def main() -> None:
             jobs[name] = partial(_ours, images, seed, options, importance, "layer", 0.7)
         jobs["Torch-Pruning, at once"] = partial(_theirs, images, seed, options.macs, 1)
         jobs[f"Torch-Pruning, {N_STEPS} steps"] = partial(_theirs, images, seed, options.macs, N_STEPS)
-        jobs["narrow and dense, 5 epochs from scratch"] = partial(_narrow, images, seed, options.macs)
+        for weight in (0.0, 0.7):
+            end = ", distilled" if weight else ""
+            jobs[f"ChannelPruning, {WHOLE.epochs} epochs from scratch{end}"] = partial(
+                _in_one_fit, images, seed, options, weight
+            )
+            jobs[f"narrow and dense, {WHOLE.epochs} epochs from scratch{end}"] = partial(
+                _narrow, images, seed, options.macs, weight
+            )
         rows += [records.get(measure, job=name, **key) for name, measure in jobs.items()]
     table = [
         {
@@ -87,12 +98,25 @@ def _ours(
     images: ImageSet, seed: int, options: argparse.Namespace, importance: Importance, scope: Any, weight: float
 ) -> dict[str, Any]:
     network = checkpoint(images, seed)
-    callbacks: list[L.Callback] = [
-        ChannelPruning(options.macs, end=options.end, importance=importance, scope=scope, round_to=options.round_to)
-    ]
-    if weight:
-        callbacks.append(KnowledgeDistillation(checkpoint(images, seed), temperature=4.0, weight=weight))
+    pruning = ChannelPruning(
+        options.macs, end=options.end, importance=importance, scope=scope, round_to=options.round_to
+    )
+    callbacks = [pruning, *_distillation(images, seed, weight)]
     classifier, seconds = train("ChannelPruning", network, images, FINE_TUNE, seed=seed + 77, callbacks=callbacks)
+    small, _ = shrink(classifier)
+    return {**scores(small, images, seconds), **_counted(small)}
+
+
+def _distillation(images: ImageSet, seed: int, weight: float) -> list[L.Callback]:
+    return [KnowledgeDistillation(checkpoint(images, seed), temperature=4.0, weight=weight)] if weight else []
+
+
+def _in_one_fit(images: ImageSet, seed: int, options: argparse.Namespace, weight: float) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    network = student(8)
+    pruning = ChannelPruning(options.macs, start=0.1, end=options.end, scope="layer", round_to=options.round_to)
+    callbacks = [pruning, *_distillation(images, seed, weight)]
+    classifier, seconds = train("ChannelPruning", network, images, WHOLE, seed=seed, callbacks=callbacks)
     small, _ = shrink(classifier)
     return {**scores(small, images, seconds), **_counted(small)}
 
@@ -143,12 +167,12 @@ def _pruner(network: Any, ratio: float, n_steps: int) -> Any:
     )
 
 
-def _narrow(images: ImageSet, seed: int, macs: float) -> dict[str, Any]:
+def _narrow(images: ImageSet, seed: int, macs: float, weight: float) -> dict[str, Any]:
     torch.manual_seed(seed)
     widths = {abs(_counted(student(8, width=width))["macs"] - macs): width for width in range(6, 17)}
     network = student(8, width=widths[min(widths)])
-    budget = replace(DENSE, epochs=DENSE.epochs + FINE_TUNE.epochs)
-    _, seconds = train("narrow", network, images, budget, seed=seed)
+    callbacks = _distillation(images, seed, weight)
+    _, seconds = train("narrow", network, images, WHOLE, seed=seed, callbacks=callbacks)
     return {**scores(network, images, seconds), **_counted(network)}
 
 

@@ -54,6 +54,7 @@ def fine_tune(
     data: ImageData,
     weights: Path | None = None,
     *,
+    network: nn.Module | None = None,
     epochs: int = 3,
     seed: int = 0,
     callbacks: Sequence[L.Callback] = (),
@@ -64,6 +65,7 @@ def fine_tune(
         name: What to print in front of every epoch.
         data: The photos.
         weights: File with torchvision's ImageNet weights; ``None`` lets torchvision find or download them.
+        network: What to go on from instead of the ImageNet weights.
         epochs: Epochs to train.
         seed: Seed of the new classifier's weights and of dropout.
         callbacks: What to add to the training.
@@ -72,9 +74,14 @@ def fine_tune(
         The trained classifier.
     """
     L.seed_everything(seed, verbose=False)
-    network = mobilenet_v2(data.images.n_classes, weights).to(memory_format=torch.channels_last)
+    if network is None:
+        network = mobilenet_v2(data.images.n_classes, weights)
     classifier = ImageClassifier(
-        network, n_classes=data.images.n_classes, learning_rate=5e-4, weight_decay=1e-2, optimizer="adamw"
+        network.to(memory_format=torch.channels_last),
+        n_classes=data.images.n_classes,
+        learning_rate=5e-4,
+        weight_decay=1e-2,
+        optimizer="adamw",
     )
     trainer = L.Trainer(
         max_epochs=epochs,

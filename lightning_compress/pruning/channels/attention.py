@@ -53,9 +53,7 @@ def head_parts(module: nn.Module) -> tuple[HeadPart, ...]:
         if module.in_proj_bias is not None:
             parts.append(HeadPart("in_proj_bias", 0, makes))
         return (*parts, HeadPart("out_proj.weight", 1, reads, "reads"))
-    if _is_window_attention(module) and module.num_heads > 1:
-        return _window_parts(module)
-    return ()
+    return _window_parts(module) if _is_window_attention(module) else ()
 
 
 def _is_window_attention(module: nn.Module) -> bool:
@@ -63,6 +61,8 @@ def _is_window_attention(module: nn.Module) -> bool:
 
 
 def _window_parts(module: Any) -> tuple[HeadPart, ...]:
+    if module.num_heads < 2:
+        return ()
     makes, reads = _rows(module.num_heads, module.qkv.out_features // (3 * module.num_heads))
     one_each = torch.arange(module.num_heads).unsqueeze(1)
     parts = [HeadPart("qkv.weight", 0, makes)]
@@ -104,7 +104,8 @@ def attention_macs(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         kwargs: Keyword inputs.
 
     Example:
-        >>> attention_macs(nn.MultiheadAttention(4, 2, batch_first=True), [torch.ones(1, 3, 4), torch.ones(1, 5, 4)], {})
+        >>> query, key = torch.ones(1, 3, 4), torch.ones(1, 5, 4)
+        >>> attention_macs(nn.MultiheadAttention(4, 2, batch_first=True), [query, key], {})
         (328, 48)
     """
     if isinstance(module, nn.MultiheadAttention):

@@ -8,7 +8,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 from lightning_compress.graph import window_attention
 
 
-class NarrowedWindowAttention(ShiftedWindowAttention):
+class NarrowedWindowAttention(ShiftedWindowAttention):  # type: ignore[misc]
     """torchvision's window attention with fewer heads than its width would hold."""
 
     has_fewer_heads = True
@@ -19,7 +19,7 @@ class NarrowedWindowAttention(ShiftedWindowAttention):
         return found
 
 
-class NarrowedWindowAttentionV2(ShiftedWindowAttentionV2):
+class NarrowedWindowAttentionV2(ShiftedWindowAttentionV2):  # type: ignore[misc]
     """The same for the second version, with cosine attention."""
 
     has_fewer_heads = True

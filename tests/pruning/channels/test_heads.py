@@ -116,7 +116,7 @@ def network(kind: str) -> LayersOnSelf:
 
 def attention_of(module: nn.Module) -> str:
     kinds = (nn.MultiheadAttention, ShiftedWindowAttention)
-    return next(name for name, part in module.named_modules() if isinstance(part, kinds))
+    return next(str(name) for name, part in module.named_modules() if isinstance(part, kinds))
 
 
 @pytest.mark.parametrize("kind", ["rows", "swin 1", "swin 2"])
