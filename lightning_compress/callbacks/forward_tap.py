@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -68,6 +69,8 @@ class ForwardTap:
         heard = {"": pl_module, **self._children} if module is None else {module: _submodule(pl_module, module)}
         self._handles: list[RemovableHandle] = []
         for name, submodule in heard.items():
+            if isinstance(submodule, torch.jit.ScriptModule):
+                continue  # takes no hooks
             ear = _Ear(self._log, name)
             self._handles.append(submodule.register_forward_pre_hook(ear.enter, with_kwargs=True))
             self._handles.append(submodule.register_forward_hook(ear.leave, with_kwargs=True))

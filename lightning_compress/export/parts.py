@@ -104,7 +104,7 @@ def _calls(model: nn.Module, inputs: CallArguments) -> Iterator[tuple[str, CallA
     first: dict[str, CallArguments] = {}
     handles = []
     for name, module in model.named_modules():
-        if name:
+        if name and not isinstance(module, torch.jit.ScriptModule):  # takes no hooks, and has no graph to export
 
             def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
                 # Copies: what follows may overwrite them.

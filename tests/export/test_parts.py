@@ -148,3 +148,12 @@ def test_the_error_is_pickled_and_told_from_the_users_module() -> None:
     inner = error.within("net")
     assert str(inner).endswith('`OnnxExport(..., module="net.backbone")`, or `export_onnx(model.net.backbone, ...)`.')
     assert str(error.within("")) == str(error)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated", "ignore:The .grad attribute of a Tensor")
+def test_a_scripted_part_is_no_obstacle_to_saying_what_can_be_exported() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), nn.Linear(4, 64))
+    with pytest.raises(UnexportableError) as caught:
+        export_onnx(model, torch.rand(2, 4), "never.onnx")
+    assert "cannot be exported as a whole" in str(caught.value)
+    assert caught.value.part == "1"

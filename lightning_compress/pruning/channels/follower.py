@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.pruning.channels.attention import attention_macs, head_parts
 from lightning_compress.pruning.channels.labels import LabelledRun, Reads, Side
@@ -136,8 +138,11 @@ class _Follower(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Know which module is running."""
-        handles = []
+        # Compiled code cannot be followed, and a scripted module takes no hooks of its own.
+        handles: list[RemovableHandle] = [register_module_forward_pre_hook(self._enter_script)]
         for name, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
             if head_parts(module):
                 attention = _Attention(self, name)
                 handles.append(module.register_forward_pre_hook(attention.enter, with_kwargs=True))
@@ -149,6 +154,10 @@ class _Follower(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _enter_script(self, module: nn.Module, args: Any) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            self._freeze_all(args, {}, "a scripted module reads them")
 
     def labels(self, tensor: Tensor) -> Tensor:
         """Return the labels of a tensor; those of one that nothing labelled are zeros."""

@@ -340,3 +340,19 @@ def test_groups_are_those_of_torch_pruning(name: str) -> None:
         assert {member.module for member in group.members} == touched
         n_compared += 1
     assert n_compared == len({id(group) for group in ours.values()})
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated", "ignore:The .grad attribute of a Tensor")
+def test_what_a_scripted_module_reads_stays_and_the_rest_goes() -> None:
+    class WithScript(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+            self.script = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.third(self.second(self.script(self.first(x)).relu()))  # type: ignore[no-any-return]
+
+    found = find_channel_groups(WithScript(), [torch.rand(2, 4)])
+    assert [places_of(group) for group in found.groups] == [["second.out", "third.in"]]
+    assert found.left_alone == {"first": "a scripted module reads them", "third": "the model returns them"}
