@@ -98,9 +98,9 @@ class TimedUpdates(MagnitudePruning):
 
     seconds: list[float]
 
-    def _update_masks(self, *args: Any, **kwargs: Any) -> None:
+    def _update(self, *args: Any, **kwargs: Any) -> None:
         started = _now()
-        super()._update_masks(*args, **kwargs)
+        super()._update(*args, **kwargs)
         self.seconds.append(_now() - started)
 
 

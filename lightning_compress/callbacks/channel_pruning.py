@@ -13,35 +13,27 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from lightning_compress.callbacks.averages import averaged_modules
 from lightning_compress.callbacks.checkpoint import attach_state, attached_state
-from lightning_compress.callbacks.clock import Rise, completed_steps, resolve_rise, total_steps
-from lightning_compress.callbacks.compressor import Compressor
+from lightning_compress.callbacks.clock import total_steps
 from lightning_compress.callbacks.forward_tap import ForwardTap
+from lightning_compress.callbacks.gradual import GradualCompressor
 from lightning_compress.callbacks.progress import ProgressLine
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
-from lightning_compress.callbacks.random_state import RandomState, attach_random_state
 from lightning_compress.callbacks.stripping import strip
-from lightning_compress.callbacks.trainers import check_trainer
 from lightning_compress.copying import copy_of
 from lightning_compress.errors import CompressionError
-from lightning_compress.processes import check_alike
 from lightning_compress.pruning.channels.groups import MAKES, find_channel_groups
 from lightning_compress.pruning.channels.importance import IMPORTANCES, Importance, channel_importance, taylor_scores
 from lightning_compress.pruning.channels.places import ChannelGroup
 from lightning_compress.pruning.channels.plan import TOLERANCE, CostModel, Scope, least_cost, plan_channels
 from lightning_compress.pruning.channels.state import ChannelState
 from lightning_compress.report import model_statistics
-from lightning_compress.schedules import CubicSchedule, check_moment, check_order, resolve_step
+from lightning_compress.schedules import resolve_step
 from lightning_compress.selection import match_names
 from lightning_compress.settings import plain
 
 STATE_KEY = "channels"
 """Where the channels lie in a checkpoint: ``checkpoint["lightning_compress"]["channels"]``."""
-
-MAX_DEFAULT_UPDATES = 32
-"""How often channels are chosen over the whole rise where ``update_every`` is not given."""
-
 
 BATCHES_HEARD = 16
 """Training batches in which the network must have been called."""
@@ -51,7 +43,7 @@ MAX_OTHER_CALLS = 3
 """Calls of the network in one training step that are followed beside the first."""
 
 
-class ChannelPruning(Compressor):
+class ChannelPruning(GradualCompressor):
     """Prune whole channels gradually, until a share of the multiply-accumulates remains.
 
     After the first training batch one run of the network tells which channels can only go together: over residual
@@ -106,6 +98,9 @@ class ChannelPruning(Compressor):
         (True, 0.5, {'layer.0': (64, 32)})
     """
 
+    max_updates = 32
+    clears_optimizers_each_step = True
+
     def __init__(
         self,
         macs: float | None = None,
@@ -122,7 +117,6 @@ class ChannelPruning(Compressor):
         module: str | None = None,
         update_every: int | None = None,
     ) -> None:
-        super().__init__()
         macs, start, end, round_to = plain((macs, start, end, round_to))
         parameters, floor, budget, update_every = plain((parameters, floor, budget, update_every))
         if macs is not None and parameters is not None:
@@ -134,9 +128,9 @@ class ChannelPruning(Compressor):
                 raise TypeError(f"`{name}` is the share that remains, a float, got {type(share).__name__}.")
             if share is not None and not 0.0 < share < 1.0:
                 raise ValueError(f"`{name}` is the share that remains, in (0, 1), got {share}.")
-        check_moment("start", start)
-        check_moment("end", end)
-        check_order("start", start, "end", end)
+        target = self.macs if self.macs is not None else parameters
+        assert target is not None
+        super().__init__(1.0 - target, start, end, update_every)
         if importance not in IMPORTANCES:
             raise ValueError(f"`importance` must be one of {', '.join(IMPORTANCES)}, got {importance!r}.")
         if scope not in ("global", "layer"):
@@ -148,10 +142,6 @@ class ChannelPruning(Compressor):
         for name, share in (("floor", floor), *((f"budget[{key!r}]", value) for key, value in (budget or {}).items())):
             if not 0.0 < share <= 1.0:
                 raise ValueError(f"`{name}` is the least share of channels that stay, in (0, 1], got {share}.")
-        if update_every is not None and update_every < 1:
-            raise ValueError(f"`update_every` must be at least 1 optimizer step, got {update_every}.")
-        self.start = start
-        self.end = end
         self.importance: Importance = importance
         self.round_to = round_to
         self.scope: Scope = scope
@@ -159,16 +149,10 @@ class ChannelPruning(Compressor):
         self.floor = floor
         self.budget = dict(budget or {})
         self.module = module
-        self.update_every = update_every
         self._state = ChannelState()
-        self._random = RandomState()
         self._tap: ForwardTap | None = None
         self._n_heard = 0
-        self._rise = Rise(0, 0, 1)
-        self._schedule = CubicSchedule(0.0, 0, 0)
         self._cost: CostModel | None = None
-        self._last_step = 0
-        self._logged: float | None = None
         self._remaining = 1.0
 
     @property
@@ -182,12 +166,6 @@ class ChannelPruning(Compressor):
     def has_begun(self) -> bool:
         """Whether a channel is masked."""
         return self._state.has_removed
-
-    @property
-    @override
-    def moments(self) -> dict[str, float]:
-        """The moments that it was given."""
-        return {"start": self.start, "end": self.end}
 
     @override
     def shortfall(self, pl_module: pl.LightningModule) -> str:
@@ -217,53 +195,38 @@ class ChannelPruning(Compressor):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        check_trainer(trainer, self)
         super().setup(trainer, pl_module, stage)
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(callback, ChannelPruning) for callback in callbacks) > 1:
-            raise ValueError("The Trainer has more than one `ChannelPruning` callback. Keep one of them.")
-        for callback in callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, QuantizationAwareTraining) and type(callback.start) is type(self.start):
                 self._check_order(float(self.start), float(callback.start))
         # The channels belong to the module: a second fit finds them, a deep copy of the module has its own.
         self._state = attached_state(pl_module, STATE_KEY, ChannelState) or ChannelState()
         self._state.settings = self._settings
         attach_state(pl_module, STATE_KEY, self._state.save, self._state.load)
-        if stage == "fit":
-            self._random = attach_random_state(pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._random.restore()
+        super().on_fit_start(trainer, pl_module)
         self._remove_tap()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._random.begin(trainer)
-        self._rise = resolve_rise(trainer, self.start, self.end, self.update_every, MAX_DEFAULT_UPDATES)
-        target = self.macs if self.macs is not None else self.parameters
-        assert target is not None
-        self._schedule = CubicSchedule(1.0 - target, self._rise.begin_step, self._rise.end_step)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, QuantizationAwareTraining):
                 self._check_order(
                     self._rise.begin_step, resolve_step("start", callback.start, total_steps(trainer)), " (steps)"
                 )
-        step = self._last_step = completed_steps(trainer)
+        step = self._last_step
         if step == 0:
             self._state.forget()  # a new run begins anew
-        self._cost, self._logged, self._remaining = None, None, 1.0
+        self._cost, self._remaining = None, 1.0
         if self._state.groups:
             self._measure(pl_module)
             if step >= self._rise.end_step and not self.complete:
-                self._choose(trainer, pl_module, step)
+                self._update(trainer, pl_module, step)
         else:
             self._tap, self._n_heard = ForwardTap(pl_module, self.module), 0
-
-    @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._logged = None
 
     @override
     def on_train_batch_start(
@@ -293,48 +256,36 @@ class ChannelPruning(Compressor):
     ) -> None:
         if self._tap is not None:
             self._find_groups(pl_module)
-        step = completed_steps(trainer)
-        if step != self._last_step:  # else gradients are accumulated: no optimizer step was taken
-            self._last_step = step
-            self._after_step(trainer, pl_module, step)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        if step < self._rise.begin_step or not self._state.groups:
-            return
-        self._apply(trainer, pl_module, *trainer.optimizers)
-        if not self.complete and (self._rise.is_due(step) or step >= self._rise.end_step):
-            self._choose(trainer, pl_module, step)
-        # Lightning keeps a logged value for the rest of the epoch.
-        if not trainer.barebones and self._logged != self._remaining:
-            pl_module.log(f"compress/{'macs' if self.macs is not None else 'parameters'}", self._remaining)
-            self._logged = self._remaining
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._random.is_training = False
         self._remove_tap()
-        # `WeightAveraging` has just put the average in the weights' place, if it comes before this callback.
-        self._state.apply_(pl_module)
-        check_alike("masked channels", self._state.kept)
         super().on_train_end(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._random.interrupt()
+        super().on_exception(trainer, pl_module, exception)
         self._remove_tap()
 
+    @property
     @override
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # The module's `on_validation_start`, which comes before, may have swapped the weights, as a schedule-free
-        # optimizer asks for.
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._state.apply_(pl_module)
+    def _progress(self) -> tuple[str, float]:
+        return f"compress/{'macs' if self.macs is not None else 'parameters'}", self._remaining
+
+    @property
+    @override
+    def _decisions(self) -> tuple[str, Any]:
+        return "masked channels", self._state.kept
+
+    @property
+    @override
+    def _is_ready(self) -> bool:
+        return bool(self._state.groups)
 
     @override
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # `WeightAveraging` may also come after this callback.
-        self._state.apply_(pl_module)
+    def _project(self, module: nn.Module, *optimizers: Optimizer) -> None:
+        self._state.apply_(module, *optimizers)
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -457,7 +408,8 @@ class ChannelPruning(Compressor):
                 "layers."
             )
 
-    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+    @override
+    def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         """Mask the units that are worth least, as many as the schedule wants by now."""
         assert self._cost is not None
         state = self._state
@@ -477,12 +429,6 @@ class ChannelPruning(Compressor):
         state.complete = step >= self._rise.end_step
         self._apply(trainer, pl_module, *trainer.optimizers)
         self._count()
-
-    def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *optimizers: Optimizer) -> None:
-        """Set what is masked to zero, in what ``optimizers`` remember and in averages of the weights too."""
-        self._state.apply_(pl_module, *optimizers)
-        for average in averaged_modules(trainer):
-            self._state.apply_(average)
 
     def _remove_tap(self) -> None:
         if self._tap is not None:

@@ -10,14 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_compress.callbacks.averages import averaged_modules
 from lightning_compress.callbacks.checkpoint import attach_state, attached_state
-from lightning_compress.callbacks.clock import Rise, completed_steps, resolve_rise
-from lightning_compress.callbacks.compressor import Compressor
-from lightning_compress.callbacks.random_state import RandomState, attach_random_state
-from lightning_compress.callbacks.trainers import check_trainer, has_late_layers
+from lightning_compress.callbacks.gradual import GradualCompressor
+from lightning_compress.callbacks.trainers import has_late_layers
 from lightning_compress.errors import CompressionError
-from lightning_compress.processes import check_alike
 from lightning_compress.pruning.magnitude import Scope, magnitude_masks
 from lightning_compress.pruning.pattern import pattern_masks, pattern_sparsity
 from lightning_compress.pruning.state import PruningState
@@ -28,17 +24,13 @@ from lightning_compress.pruning.weights import (
     sparsity,
     sparsity_by_layer,
 )
-from lightning_compress.schedules import CubicSchedule, check_moment, check_order
 from lightning_compress.settings import plain
 
 STATE_KEY = "pruning"
 """Where the masks lie in a checkpoint: ``checkpoint["lightning_compress"]["pruning"]``."""
 
-MAX_DEFAULT_UPDATES = 100
-"""How often the masks are made anew over the whole rise where ``update_every`` is not given."""
 
-
-class MagnitudePruning(Compressor):
+class MagnitudePruning(GradualCompressor):
     """Prune the smallest weights, a few at a time, on a cubic schedule (Zhu & Gupta 2017, arXiv:1710.01878).
 
     Between ``start`` and ``end`` the masks are made anew every ``update_every`` steps; after every optimizer step
@@ -84,6 +76,9 @@ class MagnitudePruning(Compressor):
         (True, {'layer': 0.75})
     """
 
+    max_updates = 100
+    clears_optimizers_each_step = False
+
     def __init__(
         self,
         sparsity: float | None = None,
@@ -95,32 +90,19 @@ class MagnitudePruning(Compressor):
         exclude: Sequence[str] = (),
         update_every: int | None = None,
     ) -> None:
-        super().__init__()
         sparsity, start, end, update_every = plain((sparsity, start, end, update_every))
         self.pattern = pattern = plain(pattern)
         self.sparsity = _checked_sparsity(sparsity, self.pattern)
-        check_moment("start", start)
-        check_moment("end", end)
-        check_order("start", start, "end", end)
+        super().__init__(self.sparsity, start, end, update_every)
         if scope not in ("global", "layer", "lamp"):
             raise ValueError(f'`scope` must be "global", "layer" or "lamp", got {scope!r}.')
         if pattern is not None and scope == "lamp":
             raise ValueError('`scope="lamp"` ranks weights that `pattern` has chosen already. Leave one of them out.')
-        if update_every is not None and update_every < 1:
-            raise ValueError(f"`update_every` must be at least 1 optimizer step, got {update_every}.")
-        self.start = start
-        self.end = end
         self.scope: Scope = scope
         self.exclude = plain(exclude)
-        self.update_every = update_every
         self._state = PruningState()
-        self._random = RandomState()
         self._layers: tuple[str, ...] = ()
-        self._rise = Rise(0, 0, 1)
-        self._schedule = CubicSchedule(self.sparsity, 0, 0)
-        self._last_step = 0
         self._counted = 0.0
-        self._logged: float | None = None
 
     @property
     @override
@@ -133,12 +115,6 @@ class MagnitudePruning(Compressor):
     def has_begun(self) -> bool:
         """Whether a weight has been pruned."""
         return bool(self._state.masks)
-
-    @property
-    @override
-    def moments(self) -> dict[str, float]:
-        """The moments that it was given."""
-        return {"start": self.start, "end": self.end}
 
     @override
     def shortfall(self, pl_module: pl.LightningModule) -> str:
@@ -158,91 +134,35 @@ class MagnitudePruning(Compressor):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        check_trainer(trainer, self)
         super().setup(trainer, pl_module, stage)
-        if sum(isinstance(callback, MagnitudePruning) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise ValueError("The Trainer has more than one `MagnitudePruning` callback. Keep one of them.")
         # The masks belong to the module: a second fit finds them, a deep copy of the module has its own.
         self._state = attached_state(pl_module, STATE_KEY, PruningState) or PruningState()
         self._state.settings = self._settings
         attach_state(pl_module, STATE_KEY, self._state.save, self._state.load)
-        if stage != "fit":
-            return
-        self._random = attach_random_state(pl_module)
-        if not has_late_layers(pl_module):  # else only `on_fit_start` can tell
+        if stage == "fit" and not has_late_layers(pl_module):  # else only `on_fit_start` can tell
             self._select_layers(pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._select_layers(pl_module)
-        self._random.restore()
+        super().on_fit_start(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._random.begin(trainer)
-        self._rise = resolve_rise(trainer, self.start, self.end, self.update_every, MAX_DEFAULT_UPDATES)
-        self._schedule = CubicSchedule(self.sparsity, self._rise.begin_step, self._rise.end_step)
-        step = self._last_step = completed_steps(trainer)
-        weights = self._weights(pl_module)
+        step, weights = self._last_step, self._weights(pl_module)
         if step == 0:
             self._state.clear()  # a new run follows its schedule from the beginning
         self._check_masks_fit(weights)
         self._state.masks = {name: mask.to(weights[name].device) for name, mask in self._state.masks.items()}
-        self._counted, self._logged = sparsity(weights), None
+        self._counted = sparsity(weights)
         overdue = not self._state.masks if step < self._rise.end_step else not self._state.complete
         if step >= self._rise.begin_step and overdue:
-            self._update_masks(trainer, pl_module, step)
-
-    @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._logged = None
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = completed_steps(trainer)
-        if step != self._last_step:  # else gradients are accumulated: no optimizer step was taken
-            self._last_step = step
-            self._after_step(trainer, pl_module, step)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        if step < self._schedule.begin_step:
-            return
-        # Momentum can move a pruned weight off zero, so the masks are applied after every step.
-        self._apply(trainer, pl_module)
-        if not self.complete and self._rise.is_due(step):
-            self._update_masks(trainer, pl_module, step)
-        # Lightning keeps a logged value for the rest of the epoch.
-        if not trainer.barebones and self._logged != self._counted:
-            pl_module.log("compress/sparsity", self._counted)
-            self._logged = self._counted
-
-    @override
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # The module's `on_validation_start`, which comes before, may have swapped the weights, as a schedule-free
-        # optimizer asks for.
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._state.apply_(self._weights(pl_module))
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._random.is_training = False
-        # `WeightAveraging` has just put the average in the weights' place, if it comes before this callback.
-        self._state.apply_(self._weights(pl_module))
-        check_alike("pruning masks", self._state.masks)
-        super().on_train_end(trainer, pl_module)
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._random.interrupt()
+            self._update(trainer, pl_module, step)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # `WeightAveraging` may also come after this callback.
-        self._state.apply_(self._weights(pl_module))
+        super().on_fit_end(trainer, pl_module)
         self._state.rest()
 
     @property
@@ -251,7 +171,22 @@ class MagnitudePruning(Compressor):
         pattern = None if self.pattern is None else list(self.pattern)
         return {"sparsity": self.sparsity, "scope": self.scope, "pattern": pattern, "exclude": list(self.exclude)}
 
-    def _update_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+    @property
+    @override
+    def _progress(self) -> tuple[str, float]:
+        return "compress/sparsity", self._counted
+
+    @property
+    @override
+    def _decisions(self) -> tuple[str, Any]:
+        return "pruning masks", self._state.masks
+
+    @override
+    def _project(self, module: nn.Module, *optimizers: Optimizer) -> None:
+        self._state.apply_(self._weights(module), *optimizers)
+
+    @override
+    def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         weights = self._weights(pl_module)
         target = self._schedule(step)
         if self.pattern is None:
@@ -262,12 +197,6 @@ class MagnitudePruning(Compressor):
         self._state.complete = step >= self._schedule.end_step
         self._apply(trainer, pl_module, *trainer.optimizers)
         self._counted = sparsity(weights)
-
-    def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *optimizers: Optimizer) -> None:
-        """Set what is pruned to zero, in what ``optimizers`` remember and in averages of the weights too."""
-        self._state.apply_(self._weights(pl_module), *optimizers)
-        for average in averaged_modules(trainer):
-            self._state.apply_(self._weights(average))
 
     def _select_layers(self, pl_module: pl.LightningModule) -> None:
         layers = tuple(prunable_weights(pl_module, self.exclude))
