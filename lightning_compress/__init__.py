@@ -9,21 +9,45 @@ from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.callbacks.sensitivity import sensitivity
 from lightning_compress.callbacks.shrinking import Shrunk, rebuild, shrink
 from lightning_compress.callbacks.stripping import strip
+from lightning_compress.distillation import (
+    Annealing,
+    AttentionTransfer,
+    ContrastiveDistillation,
+    CorrelationDistillation,
+    DecoupledDistillation,
+    FeatureDistillation,
+    LogitDistillation,
+    OutputRegression,
+    PseudoLabels,
+    RelationalDistillation,
+    SimilarityPreserving,
+)
 from lightning_compress.export import ExportResult, export_onnx
 from lightning_compress.quantization.placement_report import placement_report
 from lightning_compress.report import RunReport
 from lightning_compress.report.sensitivity import SensitivityReport
 
 __all__ = [
+    "Annealing",
+    "AttentionTransfer",
     "ChannelPruning",
+    "ContrastiveDistillation",
+    "CorrelationDistillation",
+    "DecoupledDistillation",
     "ExportResult",
+    "FeatureDistillation",
     "KnowledgeDistillation",
+    "LogitDistillation",
     "MagnitudePruning",
     "OnnxExport",
+    "OutputRegression",
+    "PseudoLabels",
     "QuantizationAwareTraining",
+    "RelationalDistillation",
     "RunReport",
     "SensitivityReport",
     "Shrunk",
+    "SimilarityPreserving",
     "export_onnx",
     "load_compressed_state",
     "placement_report",

@@ -1,53 +1,77 @@
-"""Knowledge distillation during a fit: the teacher's softened answers join the user's own loss."""
+"""Knowledge distillation during a fit: what the teacher says of each batch joins the user's own loss."""
 
 from __future__ import annotations
 
-import functools
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 from typing_extensions import override
 
+from lightning_compress.callbacks.checkpoint import attach_state
+from lightning_compress.callbacks.clock import completed_steps, total_steps
+from lightning_compress.callbacks.distilled_methods import WRAPPERS, Wrapper, take_off_silent_wrappers
 from lightning_compress.callbacks.forward_tap import ForwardCall, ForwardTap
+from lightning_compress.callbacks.learned_adaptors import STATE_KEY, LearnedAdaptors, first_optimizer
 from lightning_compress.callbacks.random_state import RandomState, attach_random_state
-from lightning_compress.callbacks.trainers import check_trainer
+from lightning_compress.callbacks.trainers import check_trainer, has_late_layers
 from lightning_compress.distillation import (
+    Annealing,
+    DistillationLoss,
     FrozenTeacher,
     LogitDistillation,
     OutputSelector,
     check_selector,
     load_weights,
+    number,
+    output_shapes,
+    paired_names,
+    select_labels,
     select_logits,
+    split_name,
 )
 from lightning_compress.errors import CompressionError
+from lightning_compress.processes import average_
 from lightning_compress.settings import plain
 
 
 class KnowledgeDistillation(Callback):
-    """Train with ``loss + weight * T^2 * KL(teacher || student)`` (Hinton et al. 2015, arXiv:1503.02531).
+    """Train with the user's loss plus terms that pull the student towards a trained teacher.
+
+    By default that is ``loss + weight * T^2 * KL(teacher || student)`` (Hinton et al. 2015, arXiv:1503.02531).
+    ``losses`` takes any list of others, over what the networks return and over what modules inside of them return, each
+    with a weight that may change over the run. The teacher runs once for all of them.
 
     ``loss`` is what the LightningModule's ``training_step`` returns, or hands to ``manual_backward``; it stays as the
-    user wrote it. The student's logits are what the network's forward returned inside ``training_step``; the teacher
-    gets the same arguments. A step that calls the network several times gets the mean over these calls; calls whose
-    output needs no gradient do not count.
+    user wrote it. The student's outputs are those of the network's forward inside ``training_step``; the teacher gets
+    the same arguments. A step that calls the network several times gets the mean over these calls; calls whose output
+    needs no gradient do not count.
 
     The teacher is frozen, in eval mode, and no part of the LightningModule: neither checkpoints nor optimizers, DDP,
-    averaged weights or summaries know of it. After the fit it is given back as it came. The term that was added is
-    logged as ``compress/distillation_loss``.
+    averaged weights or summaries know of it. After the fit it is given back as it came. Adaptors, which some losses
+    learn, are in no module tree either: they learn with the first parameter group of the first optimizer, and travel
+    under our own key of the checkpoint. The sum that was added is logged as ``compress/distillation_loss``, and where
+    there are several losses, each without its weight under its own name, such as ``compress/attention_transfer``.
 
     Args:
         teacher: A trained network; any ``nn.Module`` or LightningModule that takes the student's inputs.
-        temperature: Softness ``T`` of both distributions, above 0.
-        weight: Factor in front of the distillation term, at least 0.
+        losses: What to add: `DistillationLoss` objects such as `LogitDistillation` and `FeatureDistillation`.
+        temperature: Softness ``T`` of both distributions, above 0, where ``losses`` is not given; 4 by default.
+        weight: Factor in front of the distillation term, at least 0, where ``losses`` is not given; 0.7 by default.
         output: Where the logits, of shape ``(N, C)`` or ``(N, C, *spatial)``, are in what the networks return: a key
             or attribute (str), a position (int), or a function of the output. By default the output itself where it
             is a tensor, else its ``logits``.
+        labels: Where the classes are in a batch, for losses that need them: as ``output``. By default under one of the
+            names ``labels``, ``label``, ``targets``, ``target`` and ``y``, else last in a tuple or list.
+        task_loss: Whether the user's own loss counts; with False the terms alone are trained, and ``training_step``
+            may return None.
         module: Name of the submodule that is the student's network, where it cannot be found: by default the
             LightningModule itself if the step calls it, else the one child that holds all layers.
         teacher_checkpoint: A file with the teacher's weights, of a Trainer or of `torch.save`, to be loaded into
@@ -55,12 +79,15 @@ class KnowledgeDistillation(Callback):
 
     Raises:
         CompressionError: If ``teacher_checkpoint`` does not hold the teacher's weights.
-        TypeError: If ``teacher`` is not an ``nn.Module`` or ``output`` cannot select.
-        ValueError: If ``temperature`` or ``weight`` is out of range.
+        TypeError: If ``teacher`` is not an ``nn.Module``, ``output`` cannot select, or a loss is none.
+        ValueError: If ``temperature`` or ``weight`` is out of range, or given together with ``losses``.
 
     Example:
         >>> teacher = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
         >>> callback = KnowledgeDistillation(teacher, temperature=4.0, weight=0.7)
+        >>> from lightning_compress.distillation import FeatureDistillation
+        >>> losses = [LogitDistillation(temperature=4.0, weight=0.7), FeatureDistillation(layers=["1"], weight=0.1)]
+        >>> callback = KnowledgeDistillation(teacher, losses=losses)
         >>> trainer = pl.Trainer(max_epochs=3, callbacks=[callback], logger=False)  # trainer.fit(model, loader)
     """
 
@@ -68,24 +95,34 @@ class KnowledgeDistillation(Callback):
         self,
         teacher: nn.Module,
         *,
-        temperature: float = 4.0,
-        weight: float = 0.7,
+        losses: Sequence[DistillationLoss] | None = None,
+        temperature: float | None = None,
+        weight: float | None = None,
         output: OutputSelector = None,
+        labels: OutputSelector = None,
+        task_loss: bool = True,
         module: str | None = None,
         teacher_checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
         check_selector(output)
+        check_selector(labels, "labels")
+        self.losses = _checked_losses(losses, *plain((temperature, weight)))
         if teacher_checkpoint is not None:
             load_weights(teacher, teacher_checkpoint)
         self._teacher = FrozenTeacher(teacher)
-        self._loss = LogitDistillation(*plain((temperature, weight)))
         self._output = output
+        self._labels = labels
+        self._task_loss = task_loss
         self._module = module
         self._tap: ForwardTap | None = None
+        self._pairs: list[dict[str, str]] = [{} for _ in self.losses]
+        self._learned = LearnedAdaptors()
+        self._batch: Any = None
+        self._total_steps: int | None = None
         self._n_used_calls = 0
         self._saw_manual_backward = False
         self._was_added = False
-        self._wrappers: list[_Wrapper] = []
+        self._wrappers: list[Wrapper] = []
         self._random = RandomState()
 
     @override
@@ -96,16 +133,40 @@ class KnowledgeDistillation(Callback):
         check_trainer(trainer, self)
         self._release(pl_module)  # what a fit that was cut off may have left
         self._random = attach_random_state(pl_module)
+        self._learned = LearnedAdaptors(dict(zip(_unique_names(self.losses), self.losses, strict=True)))
+        if any(type(loss).adaptors is not DistillationLoss.adaptors for loss in self.losses):
+            attach_state(pl_module, STATE_KEY, self._learned.save, self._learned.load)
         self._teacher.check_apart_from(pl_module)
         self._teacher.freeze()
         self._saw_manual_backward = self._was_added = False
-        self._wrappers = [_DistilledStep(self, pl_module), _DistilledBackward(self, pl_module)]
+        self._wrappers = [wrapper(self, pl_module) for wrapper in WRAPPERS]
         for wrapper in self._wrappers:
             setattr(pl_module, wrapper.method, wrapper)
+        if not has_late_layers(pl_module):  # else only `on_fit_start` can tell
+            self._pair_modules(pl_module)
+
+    def _pair_modules(self, pl_module: pl.LightningModule) -> None:
+        """Find the modules that the losses name, in both networks."""
+        if not any(loss.pairs for loss in self.losses):
+            return
+        tap = ForwardTap(pl_module, self._module)
+        tap.remove()
+        student = {name: name for name, _ in pl_module.named_modules()}
+        for root in tap.roots:  # a name may be that of a module of the network that the step calls
+            for name, _ in pl_module.get_submodule(root).named_modules():
+                student.setdefault(name, f"{root}.{name}" if root and name else root or name)
+        names = [name for name, _ in self._teacher.network.named_modules()]
+        self._pairs = []
+        for loss in self.losses:
+            pairs = paired_names(loss.pairs, student, names, type(loss).__name__)
+            self._pairs.append({_located(mine, student): theirs for mine, theirs in pairs.items()})
+        self._teacher.tap([theirs for pairs in self._pairs for theirs in pairs.values()])
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to the network, whose layers all exist only now."""
+        self._pair_modules(pl_module)
+        self._stop_listening()
         self._listen_to(pl_module)
         self._random.restore()
 
@@ -113,6 +174,15 @@ class KnowledgeDistillation(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let random numbers go on where a checkpoint left them."""
         self._random.begin(trainer)
+        self._total_steps = None
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Average the gradients of the adaptors, which DDP does not know of, over the processes."""
+        if first_optimizer(optimizer) is first_optimizer(trainer.optimizers):
+            average_(self._learned.gradients())
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -155,22 +225,25 @@ class KnowledgeDistillation(Callback):
         # The tuner replaces the callbacks for a while: the first step may come before `on_fit_start`.
         tap = self._listen_to(pl_module)
         self._n_used_calls = 0
+        self._batch = args[0] if args else next(iter(kwargs.values()), None)
         steps_before = pl_module.trainer.global_step
         with tap.recording():
             output = user_step(*args, **kwargs)
             if not pl_module.automatic_optimization:
                 self._check_manual_step(pl_module, tap, steps_before)
                 return output
-            if output is None:  # the user skips this batch
+            if output is None and self._task_loss:  # the user skips this batch
                 return None
-            loss = _loss_of(output)
+            loss = _loss_of(output) if self._task_loss else None
             term = self._term(pl_module, tap.calls())
+        self._batch = None
         if term is None:
             raise CompressionError(
                 f"No output of the network's forward in `training_step` of `{type(pl_module).__name__}` needs a "
                 f"gradient, so there is nothing to distil into: call the network outside of `torch.no_grad()`."
             )
-        return {**output, "loss": loss + term} if isinstance(output, Mapping) else loss + term
+        total = term if loss is None else loss + term
+        return {**output, "loss": total} if isinstance(output, Mapping) else total
 
     def manual_backward(
         self, pl_module: pl.LightningModule, user_backward: Callable[..., None], loss: Tensor, *args: Any, **kwargs: Any
@@ -189,24 +262,102 @@ class KnowledgeDistillation(Callback):
         # A second backward after one forward, as a GAN's, must not count the term twice.
         new_calls, self._n_used_calls = calls[self._n_used_calls :], len(calls)
         term = self._term(pl_module, new_calls)
-        user_backward(loss if term is None else loss + term, *args, **kwargs)
+        if term is not None:
+            loss = loss + term if self._task_loss else term
+        user_backward(loss, *args, **kwargs)
 
     def _term(self, pl_module: pl.LightningModule, calls: list[ForwardCall]) -> Tensor | None:
-        """Return the mean term of the calls whose logits need a gradient, or None where there are none."""
-        selected = [(call, select_logits(call.output, self._output, "student")) for call in calls]
-        learning = [(call, logits) for call, logits in selected if logits.requires_grad]
+        """Return the mean term of the calls whose outputs need a gradient, or None where there are none."""
+        learning = [call for call in calls if self._needs_gradient(call)]
         if not learning:
             return None
         self._teacher.move_to(pl_module.device, _dtype_of(pl_module))
-        terms = [
-            self._loss(logits, self._teacher.answer(call.args, call.kwargs, self._teacher_logits))
-            for call, logits in learning
-        ]
-        term = torch.stack(terms).mean()
-        batch_size = sum(logits.shape[0] for _, logits in learning)
-        pl_module.log("compress/distillation_loss", term.detach(), on_step=True, on_epoch=False, batch_size=batch_size)
+        losses = [self._at_this_step(pl_module.trainer, loss) for loss in self.losses]
+        found = [self._terms(pl_module, call, losses) for call in learning]
+        terms = [torch.stack(values).mean() for values in zip(*found, strict=True)]
+        total = torch.stack([number(loss.weight) * term for loss, term in zip(losses, terms, strict=True)]).sum()
+        values = {"distillation_loss": total}
+        if len(terms) > 1:
+            values |= dict(zip(self._learned.losses, terms, strict=True))
+        batch_size = sum(_batch_size(call) for call in learning)
+        for name, value in values.items():
+            pl_module.log(f"compress/{name}", value.detach(), on_step=True, on_epoch=False, batch_size=batch_size)
         self._was_added = True
-        return term
+        return total
+
+    @property
+    def _reads_output(self) -> bool:
+        """Whether a loss compares what the networks return."""
+        return not all(self._pairs)
+
+    def _needs_gradient(self, call: ForwardCall) -> bool:
+        if self._reads_output:
+            return select_logits(call.output, self._output, "student").requires_grad
+        return any(feature.requires_grad for features in call.features.values() for feature in features)
+
+    def _at_this_step(self, trainer: pl.Trainer, loss: DistillationLoss) -> DistillationLoss:
+        if not any(isinstance(value, Annealing) for value in vars(loss).values()):
+            return loss
+        if self._total_steps is None:
+            self._total_steps = total_steps(trainer)
+        return loss.at(completed_steps(trainer), self._total_steps)
+
+    def _terms(
+        self, pl_module: pl.LightningModule, call: ForwardCall, losses: Sequence[DistillationLoss]
+    ) -> list[Tensor]:
+        """Return the term of each loss, without its weight, for one call of the network."""
+        answer = self._teacher.answer(call.args, call.kwargs, self._teacher_logits if self._reads_output else None)
+        student = select_logits(call.output, self._output, "student") if self._reads_output else None
+        terms = []
+        for name, loss, pairs in zip(self._learned.losses, losses, self._pairs, strict=True):
+            labels = select_labels(self._batch, self._labels) if loss.needs_labels else None
+            if not pairs:
+                assert student is not None
+                assert answer.output is not None
+                terms.append(loss(*self._learned.adapted(name, student, answer.output, pl_module.trainer), labels))
+                continue
+            values = []
+            for mine, theirs in pairs.items():
+                both = call.features.get(mine, []), answer.features.get(theirs, [])
+                _check_both_were_called(type(loss).__name__, mine, theirs, *both)
+                for one, other in zip(*both, strict=True):
+                    try:
+                        pair = f"{name}: {mine} to {theirs}"
+                        adapted = self._learned.adapted(pair, one, other, pl_module.trainer)
+                        values.append(loss(*adapted, labels))
+                    except ValueError as error:
+                        raise self._not_comparable(error, loss, mine, theirs, call, pl_module) from error
+            terms.append(torch.stack(values).mean())
+        return terms
+
+    def _not_comparable(
+        self,
+        error: ValueError,
+        loss: DistillationLoss,
+        mine: str,
+        theirs: str,
+        call: ForwardCall,
+        pl_module: pl.LightningModule,
+    ) -> CompressionError:
+        networks = pl_module.get_submodule(call.name), self._teacher.network
+        shapes = [
+            ", ".join(f"`{name}` {shape}" for name, shape in output_shapes(network, call.args, call.kwargs).items())
+            for network in networks
+        ]
+        return CompressionError(
+            f"`{type(loss).__name__}` cannot compare the student's `{mine}` with the teacher's `{theirs}`: {error} "
+            f"The student's modules return {shapes[0]}. The teacher's return {shapes[1]}."
+        )
+
+    def configure_optimizers(self, user_method: Callable[[], Any]) -> Any:
+        """Give the adaptors that a checkpoint has brought to the user's first optimizer.
+
+        Args:
+            user_method: The module's own ``configure_optimizers``.
+        """
+        configured = user_method()
+        self._learned.join(first_optimizer(configured))
+        return configured
 
     def _teacher_logits(self, output: Any) -> Tensor:
         return select_logits(output, self._output, "teacher")
@@ -225,7 +376,7 @@ class KnowledgeDistillation(Callback):
 
     def _listen_to(self, pl_module: pl.LightningModule) -> ForwardTap:
         if self._tap is None:
-            self._tap = ForwardTap(pl_module, self._module)
+            self._tap = ForwardTap(pl_module, self._module, [name for pairs in self._pairs for name in pairs])
         return self._tap
 
     def _stop_listening(self) -> None:
@@ -237,85 +388,9 @@ class KnowledgeDistillation(Callback):
         self._stop_listening()
         for wrapper in self._wrappers:
             wrapper.owner = None
-            _take_off_silent_wrappers(pl_module, wrapper.method)
+            take_off_silent_wrappers(pl_module, wrapper.method)
         self._wrappers = []
         self._teacher.release()
-
-
-class _Wrapper(ABC):
-    """Stands in for a bound method of the user's; copies and pickles hold the user's method instead.
-
-    Lightning reads the signature of ``training_step`` through ``__wrapped__``.
-    """
-
-    method: str
-
-    def __init__(self, owner: KnowledgeDistillation, pl_module: pl.LightningModule) -> None:
-        self.owner: KnowledgeDistillation | None = owner
-        self.pl_module = pl_module
-        self.original: Callable[..., Any] = getattr(pl_module, self.method)
-        self.replaced = pl_module.__dict__.get(self.method)  # None: the class's method
-        functools.update_wrapper(self, self.original, updated=())
-        # Lightning unwraps once only: a decorated step must look as it looked without us.
-        self.__wrapped__ = getattr(self.original, "__wrapped__", self.original)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _itself, (self.original,)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.owner is None:
-            return self.original(*args, **kwargs)
-        return self.call_with(self.owner, *args, **kwargs)
-
-    @abstractmethod
-    def call_with(self, owner: KnowledgeDistillation, *args: Any, **kwargs: Any) -> Any:
-        """Call the user's method with the owner's term."""
-
-
-class _DistilledStep(_Wrapper):
-    method = "training_step"
-
-    @override
-    def call_with(self, owner: KnowledgeDistillation, *args: Any, **kwargs: Any) -> Any:
-        return owner.training_step(self.pl_module, self.original, args, kwargs)
-
-
-class _DistilledBackward(_Wrapper):
-    method = "manual_backward"
-
-    @override
-    def call_with(self, owner: KnowledgeDistillation, *args: Any, **kwargs: Any) -> Any:
-        return owner.manual_backward(self.pl_module, self.original, *args, **kwargs)
-
-
-def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
-    return method
-
-
-def uncover_own_methods(pl_module: pl.LightningModule) -> None:
-    """Take off a copy of a module, made during a fit, the methods of its class that stand where our wrappers stood.
-
-    Example:
-        >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> model = BoringModel()
-        >>> model.training_step = model.training_step
-        >>> uncover_own_methods(model)
-        >>> "training_step" in vars(model)
-        False
-    """
-    for kind in (_DistilledStep, _DistilledBackward):
-        found = vars(pl_module).get(kind.method)
-        if found is not None and found == getattr(type(pl_module), kind.method).__get__(pl_module):
-            delattr(pl_module, kind.method)
-
-
-def _take_off_silent_wrappers(pl_module: pl.LightningModule, method: str) -> None:
-    """Uncover the method beneath wrappers without an owner; one that others have wrapped stays, and passes through."""
-    while isinstance(top := pl_module.__dict__.get(method), _Wrapper) and top.owner is None:
-        if top.replaced is None:
-            delattr(pl_module, method)
-        else:
-            setattr(pl_module, method, top.replaced)
 
 
 def _loss_of(output: Any) -> Tensor:
@@ -332,6 +407,58 @@ def _loss_of(output: Any) -> Tensor:
         f"`training_step` returned {came}, but knowledge distillation adds to a loss: "
         f"return a tensor, a dict with a tensor under the key 'loss', or None to skip the batch."
     )
+
+
+def _checked_losses(
+    losses: Sequence[DistillationLoss] | None, temperature: float | None, weight: float | None
+) -> tuple[DistillationLoss, ...]:
+    if losses is None:
+        default = LogitDistillation()
+        return (
+            LogitDistillation(
+                temperature=default.temperature if temperature is None else temperature,
+                weight=default.weight if weight is None else weight,
+            ),
+        )
+    if temperature is not None or weight is not None:
+        raise ValueError(
+            "`temperature` and `weight` are those of the one loss that there is without `losses`. Give them to the "
+            "losses: `losses=[LogitDistillation(temperature=4.0, weight=0.7)]`."
+        )
+    if isinstance(losses, DistillationLoss) or not losses:
+        raise ValueError(f"`losses` must be a list of at least one distillation loss, got {losses!r}.")
+    for loss in losses:
+        if not isinstance(loss, DistillationLoss):
+            raise TypeError(f"`losses` must hold distillation losses, got {type(loss).__name__}.")
+    return tuple(losses)
+
+
+def _unique_names(losses: Sequence[DistillationLoss]) -> list[str]:
+    """Return a name for each loss, made of that of its class; a second one of a class is numbered."""
+    names = [re.sub(r"(?<!^)(?=[A-Z])", "_", type(loss).__name__).lower() for loss in losses]
+    counts = [names[:index].count(name) for index, name in enumerate(names)]
+    return [f"{name}_{count + 1}" if count else name for name, count in zip(names, counts, strict=True)]
+
+
+def _located(name: str, modules: Mapping[str, str]) -> str:
+    """Return the name of a module of the LightningModule, of one that may be given as that of its network."""
+    module, key = split_name(name)
+    return modules[module] if key is None else f"{modules[module]}[{key}]"
+
+
+def _check_both_were_called(
+    loss: str, mine: str, theirs: str, student: Sequence[Tensor], teacher: Sequence[Tensor]
+) -> None:
+    if not student or len(student) != len(teacher):
+        raise CompressionError(
+            f"`{loss}` pairs the student's `{mine}`, which one forward calls {len(student)} times, with the teacher's "
+            f"`{theirs}`, which it calls {len(teacher)} times. Name modules that are called, as often in both networks."
+        )
+
+
+def _batch_size(call: ForwardCall) -> int:
+    tensors = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+    return len(tensors[0]) if tensors else 1
 
 
 def _dtype_of(pl_module: pl.LightningModule) -> torch.dtype:

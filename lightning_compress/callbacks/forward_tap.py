@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.distillation import FeatureEar, Features, FeatureTap
 from lightning_compress.errors import CompressionError
 from lightning_compress.selection import weight_layers
 
@@ -25,12 +26,14 @@ class ForwardCall:
         args: Positional arguments it got.
         kwargs: Keyword arguments it got.
         output: What it returned.
+        features: What its modules returned that were asked for, by name.
     """
 
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
+    features: Features = field(default_factory=dict)
 
 
 class ForwardTap:
@@ -45,6 +48,7 @@ class ForwardTap:
     Args:
         pl_module: The user's LightningModule.
         module: Name of the submodule whose calls to hear, as of ``named_modules()``; None to find it.
+        features: Names of modules of ``pl_module`` whose outputs to keep with every call, see `FeatureTap`.
 
     Raises:
         ValueError: If ``pl_module`` has no submodule of that name.
@@ -60,12 +64,13 @@ class ForwardTap:
         >>> tap.remove()
     """
 
-    def __init__(self, pl_module: nn.Module, module: str | None = None) -> None:
+    def __init__(self, pl_module: nn.Module, module: str | None = None, features: Sequence[str] = ()) -> None:
         self._owner = type(pl_module).__name__
         self._module = module
         self._children = dict(_called_children("", pl_module))
         self._whole = {name for name, child in self._children.items() if _holds_the_network(child, pl_module)}
-        self._log = _CallLog()
+        self._features = FeatureTap(pl_module, features) if features else None
+        self._log = _CallLog(features=self._features)
         heard = {"": pl_module, **self._children} if module is None else {module: _submodule(pl_module, module)}
         self._handles: list[RemovableHandle] = []
         for name, submodule in heard.items():
@@ -97,9 +102,16 @@ class ForwardTap:
     def remove(self) -> None:
         """Take every hook away; the tap is of no use afterwards."""
         self.reset()
+        if self._features is not None:
+            self._features.remove()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    @property
+    def roots(self) -> list[str]:
+        """What the network may turn out to be: the module itself and the children that hold all layers, by name."""
+        return ["", *sorted(self._whole)] if self._module is None else [self._module]
 
     def calls(self) -> list[ForwardCall]:
         """Return the network's calls since :meth:`start`, oldest first; at least one.
@@ -157,7 +169,7 @@ def remove_copied_hooks(module: nn.Module) -> None:
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key, hook in list(hooks.items()):
             ear = getattr(hook, "__self__", None)
-            if isinstance(ear, _Ear) and ear.log.is_copy:
+            if isinstance(ear, _Ear | FeatureEar) and ear.log.is_copy:
                 _forget_hook(module, key)
 
 
@@ -195,6 +207,7 @@ class _CallLog:
     recording: bool = False
     calls: list[ForwardCall] = field(default_factory=list)
     frames: list[_Frame] = field(default_factory=list)
+    features: FeatureTap | None = None
 
     def __reduce__(self) -> tuple[type[_CallLog], tuple[bool]]:
         return _CallLog, (True,)
@@ -202,6 +215,8 @@ class _CallLog:
     def clear(self) -> None:
         self.calls.clear()
         self.frames.clear()
+        if self.features is not None:
+            self.features.stop()
 
 
 @dataclass(frozen=True)
@@ -212,16 +227,23 @@ class _Ear:
     name: str
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.log.recording:
-            self.log.frames.append(_Frame(module, module.forward))
+        if not self.log.recording:
+            return
+        frame = _Frame(module, module.forward)
+        if self.log.features is not None and not frame.is_redirected() and self._is_outermost():
+            self.log.features.clear()
+        self.log.frames.append(frame)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not self.log.recording or not self.log.frames:
             return
         frame = self.log.frames.pop()
-        is_outermost = all(outer.is_redirected() for outer in self.log.frames)
-        if is_outermost and not frame.is_redirected():
-            self.log.calls.append(ForwardCall(self.name, args, kwargs, output))
+        if self._is_outermost() and not frame.is_redirected():
+            features = {} if self.log.features is None else self.log.features.take()
+            self.log.calls.append(ForwardCall(self.name, args, kwargs, output, features))
+
+    def _is_outermost(self) -> bool:
+        return all(outer.is_redirected() for outer in self.log.frames)
 
 
 def _called_children(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

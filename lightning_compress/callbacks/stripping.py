@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_compress import quantization
 from lightning_compress.callbacks.checkpoint import detach_states
-from lightning_compress.callbacks.distillation import uncover_own_methods
+from lightning_compress.callbacks.distilled_methods import uncover_own_methods
 from lightning_compress.callbacks.forward_tap import remove_copied_hooks
 
 

@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
+
+from lightning_compress.distillation.annealing import Annealing
+from lightning_compress.distillation.loss import (
+    DistillationLoss,
+    check_number,
+    check_same_shape,
+    number,
+    precise,
+)
 
 
-@dataclass(frozen=True)
-class LogitDistillation:
-    """Hinton's distillation term as it is added to the task loss (arXiv:1503.02531).
+@dataclass(frozen=True, kw_only=True)
+class LogitDistillation(DistillationLoss):
+    """Hinton's distillation (arXiv:1503.02531), for each sample or for each position.
 
     Args:
         temperature: Softness of both distributions, above 0; 1 leaves the logits as they are.
+        multilabel: Whether every class is a question of its own, answered by a sigmoid: see `multilabel_loss`.
+        standardize: Whether the logits of each sample are brought to mean 0 and deviation 1 first: see `standardized`.
         weight: Factor in front of the term, at least 0.
 
     Raises:
         ValueError: If ``temperature`` is not positive and finite, or ``weight`` is negative or not finite.
 
     Example:
-        >>> distillation = LogitDistillation(temperature=1.0, weight=0.5)
         >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 3.0]]).log()
-        >>> distillation(student, teacher) == 0.5 * hinton_loss(student, teacher, temperature=1.0)
+        >>> LogitDistillation(temperature=1.0)(student, teacher) == hinton_loss(student, teacher, temperature=1.0)
         tensor(True)
     """
 
-    temperature: float
-    weight: float
+    temperature: float | Annealing = 4.0
+    multilabel: bool = False
+    standardize: bool = False
+    weight: float | Annealing = 0.7
 
     def __post_init__(self) -> None:
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"`temperature` must be a positive finite number, got {self.temperature}.")
-        if not (self.weight >= 0 and math.isfinite(self.weight)):
-            raise ValueError(f"`weight` must be a finite number of at least 0, got {self.weight}.")
+        super().__post_init__()
+        check_number("temperature", self.temperature, positive=True)
+        if self.multilabel and self.standardize:
+            raise ValueError("`standardize` compares classes with one another, which `multilabel` keeps apart.")
 
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """Return ``weight`` times :func:`hinton_loss`."""
-        return self.weight * hinton_loss(student_logits, teacher_logits, self.temperature)
+    @override
+    def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the divergence of the student's distributions from the teacher's."""
+        temperature = number(self.temperature)
+        if self.multilabel:
+            return multilabel_loss(student, teacher, temperature)
+        if self.standardize:
+            student, teacher = standardized(student), standardized(teacher)
+        return hinton_loss(student, teacher, temperature)
 
 
 def hinton_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -67,23 +85,76 @@ def hinton_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
         >>> hinton_loss(student, teacher, temperature=1.0)  # ln 2 - entropy of (1/4, 3/4)
         tensor(0.1308)
     """
-    _check_shapes(student_logits, teacher_logits)
-    # Half precision has too few digits for the difference of two nearly equal log-probabilities.
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    student = F.log_softmax(student_logits.to(dtype) / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=1)
+    check_logits(student_logits, teacher_logits)
+    student = F.log_softmax(precise(student_logits) / temperature, dim=1)
+    teacher = F.log_softmax(precise(teacher_logits) / temperature, dim=1)
     divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
     return divergence.mean() * temperature**2
 
 
-def _check_shapes(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    student_shape, teacher_shape = tuple(student_logits.shape), tuple(teacher_logits.shape)
-    if student_shape != teacher_shape:
+def multilabel_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Divergence of the student's yes-or-no answers from its teacher's, one for each class (Yang et al. 2023).
+
+    Source: "Multi-label knowledge distillation", equation 4, arXiv:2308.06453, with the temperature of Hinton's loss.
+
+    ``T^2 * KL(p || q)`` of the two-valued distributions ``p = sigmoid(teacher / T)`` and ``q = sigmoid(student / T)``,
+    summed over classes and averaged over samples and positions.
+
+    Args:
+        student_logits: Scores, shape ``(N, C)`` or ``(N, C, *spatial)``.
+        teacher_logits: The teacher's scores, of the same shape.
+        temperature: Softness of both distributions, above 0.
+
+    Returns:
+        The loss in nats, a scalar of at least 0.
+
+    Example:
+        >>> multilabel_loss(torch.zeros(1, 1), torch.tensor([[3.0]]).log(), temperature=1.0)  # 3/4 against 1/2
+        tensor(0.1308)
+    """
+    check_logits(student_logits, teacher_logits, least=1)
+    student, teacher = precise(student_logits) / temperature, precise(teacher_logits) / temperature
+    yes = torch.sigmoid(teacher) * (F.logsigmoid(teacher) - F.logsigmoid(student))
+    no = torch.sigmoid(-teacher) * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+    return (yes + no).sum(dim=1).mean() * temperature**2
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """Return logits with mean 0 and deviation 1 over the classes of each sample (Sun et al. 2024).
+
+    Source: "Logit standardization in knowledge distillation", algorithm 1, arXiv:2403.01256: a student need not reach
+    the size of its teacher's logits, only their relations.
+
+    Args:
+        logits: Shape ``(N, C)`` or ``(N, C, *spatial)``.
+
+    Example:
+        >>> standardized(torch.tensor([[0.0, 4.0]]))
+        tensor([[-1.,  1.]])
+    """
+    logits = precise(logits)
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    return centred / centred.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-7)
+
+
+def check_logits(student: Tensor, teacher: Tensor, least: int = 2) -> None:
+    """Check that two tensors are scores of the same classes.
+
+    Args:
+        student: The student's logits.
+        teacher: The teacher's.
+        least: Least number of classes.
+
+    Raises:
+        ValueError: If the shapes differ, or hold no dimension of classes.
+
+    Example:
+        >>> check_logits(torch.ones(1, 2), torch.ones(1, 2))
+    """
+    check_same_shape(student, teacher, "logits")
+    if student.dim() < 2 or student.shape[1] < least:
+        number_of = "one class" if least == 1 else "two classes"
         raise ValueError(
-            f"The student's and the teacher's logits must have the same shape, got {student_shape} and "
-            f"{teacher_shape}: give both networks the same classes, or select other outputs."
-        )
-    if len(student_shape) < 2 or student_shape[1] < 2:
-        raise ValueError(
-            f"Logits must have the shape (N, C) or (N, C, *spatial) with at least two classes C, got {student_shape}."
+            f"Logits must have the shape (N, C) or (N, C, *spatial) with at least {number_of} C, got "
+            f"{tuple(student.shape)}."
         )

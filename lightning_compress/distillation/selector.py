@@ -42,11 +42,51 @@ def select_logits(output: Any, selector: OutputSelector, owner: str) -> Tensor:
     return selected
 
 
-def check_selector(selector: object) -> None:
+LABELS = ("labels", "label", "targets", "target", "y")
+"""What the classes are called in a batch, where nothing else is said."""
+
+
+def select_labels(batch: Any, selector: OutputSelector) -> Tensor:
+    """Return the classes in a batch.
+
+    Args:
+        batch: What the loader gave.
+        selector: As of `select_logits`; by default one of `LABELS`, else the last entry of a tuple or list.
+
+    Returns:
+        The selected tensor.
+
+    Raises:
+        TypeError: If the selector finds nothing in this batch, or something that is not a tensor.
+
+    Example:
+        >>> select_labels((torch.zeros(2, 3), torch.tensor([1, 0])), None)
+        tensor([1, 0])
+        >>> select_labels({"image": torch.zeros(2, 3), "label": torch.tensor([1, 0])}, None)
+        tensor([1, 0])
+    """
+    if selector is None:
+        is_rows = isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 1
+        names = [name for name in LABELS if name in batch] if isinstance(batch, Mapping) else []
+        selector = names[0] if names else -1 if is_rows else LABELS[0]
+    try:
+        selected = _select(batch, selector)
+    except (KeyError, IndexError, AttributeError):
+        selected = None
+    if not isinstance(selected, Tensor):
+        raise TypeError(
+            f"No tensor of labels was found by `labels={selector!r}` in the batch, which is {_describe(batch)}: pass "
+            "`labels` as a key, a position or a function of the batch."
+        )
+    return selected
+
+
+def check_selector(selector: object, name: str = "output") -> None:
     """Check that ``selector`` can select an output.
 
     Args:
-        selector: What the user gave as ``output``.
+        selector: What the user gave.
+        name: As which argument.
 
     Raises:
         TypeError: If it is neither a str, an int, a callable nor None.
@@ -61,7 +101,7 @@ def check_selector(selector: object) -> None:
     is_selector = selector is None or isinstance(selector, str | int) or callable(selector)
     if isinstance(selector, bool) or not is_selector:
         raise TypeError(
-            f"`output` must be a key (str), a position (int), a callable or None, got {type(selector).__name__}."
+            f"`{name}` must be a key (str), a position (int), a callable or None, got {type(selector).__name__}."
         )
 
 

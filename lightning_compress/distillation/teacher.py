@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.copying import copy_of
+from lightning_compress.distillation.taps import Features, FeatureTap
 from lightning_compress.errors import CompressionError
 
 
@@ -78,6 +79,18 @@ def load_weights(network: nn.Module, checkpoint: str | os.PathLike[str]) -> None
     )
 
 
+class Answer(NamedTuple):
+    """What a teacher says of one batch.
+
+    Attributes:
+        output: The tensor that was selected from what it returned, or None where none was asked for.
+        features: What its modules returned, by the name that was asked for.
+    """
+
+    output: Tensor | None
+    features: Features
+
+
 class FrozenTeacher:
     """A teacher between :meth:`freeze` and :meth:`release`: eval mode, no gradients, out of reach of the student.
 
@@ -110,6 +123,8 @@ class FrozenTeacher:
         self._modes: dict[nn.Module, bool] | None = None
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self._home: torch.device | None = None
+        self._names: tuple[str, ...] = ()
+        self._tap: FeatureTap | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         return self
@@ -125,6 +140,7 @@ class FrozenTeacher:
 
     def release(self) -> None:
         """Give the network back as :meth:`freeze` found it: modes, gradients, device; again is no change."""
+        self._untap()
         if self._modes is None:
             return
         for module, was_training in self._modes.items():
@@ -167,6 +183,7 @@ class FrozenTeacher:
         """
         if self._place == (device, dtype):
             return
+        self._untap()  # it may listen to another copy
         if any(parameter.is_floating_point() and parameter.dtype != dtype for parameter in self.network.parameters()):
             self._runner = copy_of(self.network)
         else:
@@ -174,31 +191,67 @@ class FrozenTeacher:
         self._runner.to(device=device, dtype=dtype)
         self._place = (device, dtype)
 
-    def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any], select: Callable[[Any], Tensor]) -> Tensor:
-        """Run the teacher and return its selected output, which carries no gradient and is finite.
+    def tap(self, names: Sequence[str]) -> None:
+        """Keep the outputs of these modules in every `answer` from now on, see `FeatureTap`; () for none."""
+        self._names = tuple(names)
+        self._untap()
+
+    def _untap(self) -> None:
+        if self._tap is not None:
+            self._tap.remove()
+            self._tap = None
+
+    def answer(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], select: Callable[[Any], Tensor] | None = None
+    ) -> Answer:
+        """Run the teacher once and return what the losses want of it, which carries no gradient and is finite.
 
         Args:
             args: Positional inputs, as the student got them.
             kwargs: Keyword inputs, as the student got them.
-            select: Takes the tensor out of the network's output.
+            select: Takes the tensor out of the network's output; None where no loss reads it.
 
         Returns:
-            An ordinary tensor: a target that may be saved for backward.
+            Ordinary tensors: targets that may be saved for backward.
 
         Raises:
-            ValueError: If the selected output holds NaN or infinite values.
+            ValueError: If a value is NaN or infinite.
 
         Example:
-            >>> FrozenTeacher(nn.Flatten()).answer((torch.ones(1, 2, 1),), {}, select=lambda output: output)
+            >>> FrozenTeacher(nn.Flatten()).answer((torch.ones(1, 2, 1),), {}, select=lambda output: output).output
             tensor([[1., 1.]])
         """
+        if self._names:
+            return self._answer_with_features(args, kwargs, select)
+        assert select is not None
         with torch.inference_mode():
-            answer = select(self._runner(*args, **kwargs))
-            is_finite = bool(torch.isfinite(answer).all())
+            selected = select(self._runner(*args, **kwargs))
+            is_finite = bool(torch.isfinite(selected).all())
         if not is_finite:
-            raise ValueError(
-                f"The teacher `{type(self.network).__name__}` returned NaN or infinite values: "
-                f"check its weights, and that its inputs are normalised as the student's are."
-            )
+            raise self._not_finite("")
         # Inference tensors cannot be saved for backward; a clone made outside of inference mode is ordinary.
-        return answer.clone()
+        return Answer(selected.clone(), {})
+
+    def _answer_with_features(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], select: Callable[[Any], Tensor] | None
+    ) -> Answer:
+        if self._tap is None:
+            self._tap = FeatureTap(self._runner, self._names)
+        # Not in inference mode: its tensors would all have to be copied.
+        with torch.no_grad():
+            self._tap.clear()
+            output = self._runner(*args, **kwargs)
+            features = self._tap.take()
+            selected = None if select is None else select(output)
+        found = {"": [selected] if selected is not None else [], **features}
+        for name, tensors in found.items():
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+                raise self._not_finite(name)
+        return Answer(selected, {name: [tensor.detach() for tensor in tensors] for name, tensors in features.items()})
+
+    def _not_finite(self, name: str) -> ValueError:
+        where = f" in `{name}`" if name else ""
+        return ValueError(
+            f"The teacher `{type(self.network).__name__}` returned NaN or infinite values{where}: "
+            f"check its weights, and that its inputs are normalised as the student's are."
+        )

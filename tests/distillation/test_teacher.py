@@ -1,5 +1,6 @@
 import copy
 import re
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ from lightning_compress.errors import CompressionError
 
 def identity(output: Tensor) -> Tensor:
     return output
+
+
+def answer_of(teacher: FrozenTeacher, *args: Tensor, select: Any = identity, **kwargs: Any) -> Tensor:
+    found = teacher.answer(args, kwargs, select).output
+    assert found is not None
+    return found
 
 
 def test_a_frozen_teacher_is_in_eval_mode_and_needs_no_gradient() -> None:
@@ -34,13 +41,13 @@ def test_release_gives_back_every_mode_and_flag_as_it_was() -> None:
 
 def test_the_answer_is_an_ordinary_tensor_without_gradient() -> None:
     teacher = FrozenTeacher(nn.Linear(2, 3))
-    answer = teacher.answer((torch.ones(4, 2, requires_grad=True),), {}, identity)
+    answer = answer_of(teacher, torch.ones(4, 2, requires_grad=True))
     assert not answer.is_inference()
     assert not answer.requires_grad
 
 
 def test_the_answer_can_be_saved_for_backward() -> None:
-    answer = FrozenTeacher(nn.Linear(2, 3)).answer((torch.ones(4, 2),), {}, identity)
+    answer = answer_of(FrozenTeacher(nn.Linear(2, 3)), torch.ones(4, 2))
     weight = torch.ones(4, 3, requires_grad=True)
     (gradient,) = torch.autograd.grad((weight * answer).sum(), weight)
     torch.testing.assert_close(gradient, answer)
@@ -51,7 +58,7 @@ def test_positional_and_keyword_inputs_reach_the_network() -> None:
         def forward(self, x: Tensor, *, scale: float, offset: float = 0.0) -> dict[str, Tensor]:
             return {"y": x * scale + offset}
 
-    answer = FrozenTeacher(Affine()).answer((torch.ones(2),), {"scale": 3.0, "offset": 1.0}, lambda output: output["y"])
+    answer = answer_of(FrozenTeacher(Affine()), torch.ones(2), select=itemgetter("y"), scale=3.0, offset=1.0)
     assert answer.tolist() == [4.0, 4.0]
 
 
@@ -66,7 +73,7 @@ def test_another_precision_leaves_the_users_weights_exact() -> None:
     teacher = FrozenTeacher(network)
     teacher.freeze()
     teacher.move_to(torch.device("cpu"), torch.bfloat16)
-    assert teacher.answer((torch.ones(1, 2, dtype=torch.bfloat16),), {}, identity).dtype == torch.bfloat16
+    assert answer_of(teacher, torch.ones(1, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
     teacher.release()
     assert torch.equal(network.weight, before)
 
@@ -77,7 +84,7 @@ def test_a_move_follows_the_student_from_one_precision_to_the_next() -> None:
     answered = []
     for dtype in dtypes:
         teacher.move_to(torch.device("cpu"), dtype)
-        answered.append(teacher.answer((torch.ones(1, 2, dtype=dtype),), {}, identity).dtype)
+        answered.append(answer_of(teacher, torch.ones(1, 2, dtype=dtype)).dtype)
     assert answered == dtypes
 
 
@@ -107,7 +114,7 @@ def test_an_answer_that_is_not_finite_is_refused(value: float) -> None:
     network = nn.Linear(2, 3)
     nn.init.constant_(network.bias, value)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        FrozenTeacher(network).answer((torch.ones(1, 2),), {}, identity)
+        answer_of(FrozenTeacher(network), torch.ones(1, 2))
 
 
 @pytest.mark.parametrize("wrap", ["none", "module", "checkpoint"])

@@ -1,0 +1,101 @@
+"""Adaptors that learn with the user's optimizer and travel in the user's checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_compress.distillation import Adaptors, DistillationLoss
+
+STATE_KEY = "distillation"
+"""Where the adaptors lie in a checkpoint: ``checkpoint["lightning_compress"]["distillation"]``."""
+
+
+class LearnedAdaptors:
+    """The adaptors of a list of losses during a fit.
+
+    Args:
+        losses: The losses by name; the name of a pair of modules begins with that of its loss and a colon.
+    """
+
+    def __init__(self, losses: Mapping[str, DistillationLoss] | None = None) -> None:
+        self.losses = dict(losses or {})
+        self._adaptors = Adaptors()
+
+    def adapted(self, name: str, student: Tensor, teacher: Tensor, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
+        """Return both features through their adaptors, which are made and join the optimizer when there are none yet.
+
+        Args:
+            name: Name of the pair.
+            student: The student's feature, a batch.
+            teacher: The teacher's.
+            trainer: The Trainer whose optimizer they join.
+
+        Raises:
+            ValueError: If the two cannot be compared.
+        """
+        n_before = len(self._adaptors.parameters())
+        adapted = self._adaptors.pair(name, self._loss_of(name), student, teacher)
+        if len(self._adaptors.parameters()) > n_before:
+            self.join(first_optimizer(trainer.optimizers))
+        return adapted
+
+    def join(self, optimizer: Optimizer | None) -> None:
+        """Let an optimizer learn the adaptors that there are."""
+        if optimizer is not None:
+            learn_too(optimizer, self._adaptors.parameters())
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients of all adaptors."""
+        return [parameter.grad for parameter in self._adaptors.parameters() if parameter.grad is not None]
+
+    def save(self) -> dict[str, Any]:
+        """Return the adaptors as plain types and tensors."""
+        return {"adaptors": self._adaptors.state_dict()}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Take over what `save` returned, or begin anew where that is empty."""
+        adaptors = saved.get("adaptors", {})
+        losses = {name: self._loss_of(name) for name in adaptors if name.partition(":")[0] in self.losses}
+        self._adaptors.load_state_dict(adaptors, losses)
+
+    def _loss_of(self, name: str) -> DistillationLoss:
+        return self.losses[name.partition(":")[0]]
+
+
+def first_optimizer(configured: Any) -> Optimizer | None:
+    """Return the first optimizer in what ``configure_optimizers`` returns, in any of its forms.
+
+    Example:
+        >>> from torch.optim import SGD
+        >>> optimizer = SGD(nn.Linear(1, 1).parameters(), 0.1)
+        >>> all(first_optimizer(form) is optimizer for form in (optimizer, [optimizer], ([optimizer], []),
+        ...     {"optimizer": optimizer}, {"optimizer": optimizer, "lr_scheduler": None}))
+        True
+    """
+    if isinstance(configured, Mapping):
+        return first_optimizer(configured.get("optimizer"))
+    if isinstance(configured, tuple | list):
+        return first_optimizer(configured[0]) if configured else None
+    found = getattr(configured, "optimizer", configured)  # Lightning wraps optimizers under manual optimization
+    return found if isinstance(found, Optimizer) else None
+
+
+def learn_too(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Let an optimizer learn more parameters, with the settings of its first group.
+
+    They join that group: a group of their own would be unknown to schedulers that exist already.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)
+        >>> learn_too(optimizer, [nn.Parameter(torch.ones(1))])
+        >>> len(optimizer.param_groups[0]["params"])
+        3
+    """
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    optimizer.param_groups[0]["params"].extend(item for item in parameters if id(item) not in known)
