@@ -21,6 +21,7 @@ from lightning_compress.distillation import (
     PseudoLabels,
     RelationalDistillation,
     SimilarityPreserving,
+    Teacher,
 )
 from lightning_compress.export import ExportResult, export_onnx
 from lightning_compress.quantization.placement_report import placement_report
@@ -48,6 +49,7 @@ __all__ = [
     "SensitivityReport",
     "Shrunk",
     "SimilarityPreserving",
+    "Teacher",
     "export_onnx",
     "load_compressed_state",
     "placement_report",

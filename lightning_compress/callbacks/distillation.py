@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from typing_extensions import override
@@ -21,15 +21,19 @@ from lightning_compress.callbacks.distilled_methods import WRAPPERS, Wrapper, ta
 from lightning_compress.callbacks.forward_tap import ForwardCall, ForwardTap
 from lightning_compress.callbacks.learned_adaptors import STATE_KEY, LearnedAdaptors, first_optimizer
 from lightning_compress.callbacks.random_state import RandomState, attach_random_state
+from lightning_compress.callbacks.stripping import strip
 from lightning_compress.callbacks.trainers import check_trainer, has_late_layers
+from lightning_compress.copying import copy_of
 from lightning_compress.distillation import (
     Annealing,
     DistillationLoss,
-    FrozenTeacher,
     LogitDistillation,
+    Network,
     OutputSelector,
+    Teacher,
+    TeacherEnsemble,
+    as_teachers,
     check_selector,
-    load_weights,
     number,
     output_shapes,
     paired_names,
@@ -61,7 +65,10 @@ class KnowledgeDistillation(Callback):
     there are several losses, each without its weight under its own name, such as ``compress/attention_transfer``.
 
     Args:
-        teacher: A trained network; any ``nn.Module`` or LightningModule that takes the student's inputs.
+        teacher: A trained network: any ``nn.Module``, LightningModule or other callable that takes the student's
+            inputs, the path of an ONNX file, ``"self"`` for the student in float as it is when the run begins, or
+            ``"ema"`` for the moving average of its weights; a `Teacher` where it needs other inputs or precision; a
+            list for the mean of several, whose modules are then named ``"0.layer"``, ``"1.layer"``.
         losses: What to add: `DistillationLoss` objects such as `LogitDistillation` and `FeatureDistillation`.
         temperature: Softness ``T`` of both distributions, above 0, where ``losses`` is not given; 4 by default.
         weight: Factor in front of the distillation term, at least 0, where ``losses`` is not given; 0.7 by default.
@@ -79,7 +86,7 @@ class KnowledgeDistillation(Callback):
 
     Raises:
         CompressionError: If ``teacher_checkpoint`` does not hold the teacher's weights.
-        TypeError: If ``teacher`` is not an ``nn.Module``, ``output`` cannot select, or a loss is none.
+        TypeError: If ``teacher`` cannot teach, ``output`` cannot select, or a loss is none.
         ValueError: If ``temperature`` or ``weight`` is out of range, or given together with ``losses``.
 
     Example:
@@ -93,7 +100,7 @@ class KnowledgeDistillation(Callback):
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: Teacher | Network | Sequence[Teacher | Network],
         *,
         losses: Sequence[DistillationLoss] | None = None,
         temperature: float | None = None,
@@ -107,9 +114,7 @@ class KnowledgeDistillation(Callback):
         check_selector(output)
         check_selector(labels, "labels")
         self.losses = _checked_losses(losses, *plain((temperature, weight)))
-        if teacher_checkpoint is not None:
-            load_weights(teacher, teacher_checkpoint)
-        self._teacher = FrozenTeacher(teacher)
+        self._teacher = TeacherEnsemble(as_teachers(teacher, teacher_checkpoint))
         self._output = output
         self._labels = labels
         self._task_loss = task_loss
@@ -119,6 +124,8 @@ class KnowledgeDistillation(Callback):
         self._learned = LearnedAdaptors()
         self._batch: Any = None
         self._total_steps: int | None = None
+        self._last_step = 0
+        self._network: str | None = None
         self._n_used_calls = 0
         self._saw_manual_backward = False
         self._was_added = False
@@ -133,8 +140,10 @@ class KnowledgeDistillation(Callback):
         check_trainer(trainer, self)
         self._release(pl_module)  # what a fit that was cut off may have left
         self._random = attach_random_state(pl_module)
-        self._learned = LearnedAdaptors(dict(zip(_unique_names(self.losses), self.losses, strict=True)))
-        if any(type(loss).adaptors is not DistillationLoss.adaptors for loss in self.losses):
+        self._learned = LearnedAdaptors(
+            dict(zip(_unique_names(self.losses), self.losses, strict=True)), self._teacher.own
+        )
+        if self._teacher.own or any(type(loss).adaptors is not DistillationLoss.adaptors for loss in self.losses):
             attach_state(pl_module, STATE_KEY, self._learned.save, self._learned.load)
         self._teacher.check_apart_from(pl_module)
         self._teacher.freeze()
@@ -155,11 +164,14 @@ class KnowledgeDistillation(Callback):
         for root in tap.roots:  # a name may be that of a module of the network that the step calls
             for name, _ in pl_module.get_submodule(root).named_modules():
                 student.setdefault(name, f"{root}.{name}" if root and name else root or name)
-        names = [name for name, _ in self._teacher.network.named_modules()]
+        names = self._teacher.names(list(student))
         self._pairs = []
         for loss in self.losses:
             pairs = paired_names(loss.pairs, student, names, type(loss).__name__)
             self._pairs.append({_located(mine, student): theirs for mine, theirs in pairs.items()})
+        self._tap_teachers()
+
+    def _tap_teachers(self) -> None:
         self._teacher.tap([theirs for pairs in self._pairs for theirs in pairs.values()])
 
     @override
@@ -174,7 +186,21 @@ class KnowledgeDistillation(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let random numbers go on where a checkpoint left them."""
         self._random.begin(trainer)
-        self._total_steps = None
+        self._total_steps, self._last_step = None, completed_steps(trainer)
+        if self._last_step == 0:  # a new run begins with the student as it is now
+            for teacher in self._teacher.own:
+                teacher.forget()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the average of the student's weights follow it."""
+        step = completed_steps(trainer)
+        if step != self._last_step and self._network is not None:
+            for teacher in self._teacher.own:
+                teacher.follow(pl_module.get_submodule(self._network))
+        self._last_step = step
 
     @override
     def on_before_optimizer_step(
@@ -271,6 +297,7 @@ class KnowledgeDistillation(Callback):
         learning = [call for call in calls if self._needs_gradient(call)]
         if not learning:
             return None
+        self._begin_own_teachers(pl_module, learning[0].name)
         self._teacher.move_to(pl_module.device, _dtype_of(pl_module))
         losses = [self._at_this_step(pl_module.trainer, loss) for loss in self.losses]
         found = [self._terms(pl_module, call, losses) for call in learning]
@@ -284,6 +311,18 @@ class KnowledgeDistillation(Callback):
             pl_module.log(f"compress/{name}", value.detach(), on_step=True, on_epoch=False, batch_size=batch_size)
         self._was_added = True
         return total
+
+    def _begin_own_teachers(self, pl_module: pl.LightningModule, network: str) -> None:
+        self._network = network
+        waiting = [teacher for teacher in self._teacher.own if not teacher.has_begun]
+        for teacher in waiting:
+            teacher.begin(strip(copy_of(pl_module.get_submodule(network))))
+        if waiting and network:
+            self._pairs = [
+                {mine: self._teacher.in_network(theirs, network) for mine, theirs in pairs.items()}
+                for pairs in self._pairs
+            ]
+            self._tap_teachers()
 
     @property
     def _reads_output(self) -> bool:
@@ -339,11 +378,11 @@ class KnowledgeDistillation(Callback):
         call: ForwardCall,
         pl_module: pl.LightningModule,
     ) -> CompressionError:
-        networks = pl_module.get_submodule(call.name), self._teacher.network
-        shapes = [
-            ", ".join(f"`{name}` {shape}" for name, shape in output_shapes(network, call.args, call.kwargs).items())
-            for network in networks
-        ]
+        found = (
+            output_shapes(pl_module.get_submodule(call.name), call.args, call.kwargs),
+            self._teacher.shapes(call.args, call.kwargs),
+        )
+        shapes = [", ".join(f"`{name}` {shape}" for name, shape in of_network.items()) for of_network in found]
         return CompressionError(
             f"`{type(loss).__name__}` cannot compare the student's `{mine}` with the teacher's `{theirs}`: {error} "
             f"The student's modules return {shapes[0]}. The teacher's return {shapes[1]}."

@@ -1,4 +1,4 @@
-"""Adaptors that learn with the user's optimizer and travel in the user's checkpoints."""
+"""What distillation learns and keeps: adaptors in the user's optimizer; they and own teachers in checkpoints."""
 
 from __future__ import annotations
 
@@ -9,22 +9,33 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.distillation import Adaptors, DistillationLoss
+from lightning_compress.distillation import Adaptors, DistillationLoss, OwnTeacher
+from lightning_compress.errors import CompressionError
 
 STATE_KEY = "distillation"
-"""Where the adaptors lie in a checkpoint: ``checkpoint["lightning_compress"]["distillation"]``."""
+"""Where they lie in a checkpoint: ``checkpoint["lightning_compress"]["distillation"]``."""
 
 
 class LearnedAdaptors:
-    """The adaptors of a list of losses during a fit.
+    """The adaptors of a list of losses during a fit, and the teachers that are the student itself.
 
     Args:
         losses: The losses by name; the name of a pair of modules begins with that of its loss and a colon.
+        own_teachers: The teachers, whose weights travel too.
     """
 
-    def __init__(self, losses: Mapping[str, DistillationLoss] | None = None) -> None:
+    def __init__(
+        self, losses: Mapping[str, DistillationLoss] | None = None, own_teachers: Sequence[OwnTeacher] = ()
+    ) -> None:
         self.losses = dict(losses or {})
+        self._own_teachers = own_teachers
         self._adaptors = Adaptors()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LearnedAdaptors:
+        return LearnedAdaptors()  # a copy of the module has no part in the fit
+
+    def __reduce__(self) -> tuple[type[LearnedAdaptors], tuple[()]]:
+        return LearnedAdaptors, ()
 
     def adapted(self, name: str, student: Tensor, teacher: Tensor, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
         """Return both features through their adaptors, which are made and join the optimizer when there are none yet.
@@ -55,13 +66,24 @@ class LearnedAdaptors:
 
     def save(self) -> dict[str, Any]:
         """Return the adaptors as plain types and tensors."""
-        return {"adaptors": self._adaptors.state_dict()}
+        return {
+            "adaptors": self._adaptors.state_dict(),
+            "own_teachers": [teacher.save() for teacher in self._own_teachers],
+        }
 
     def load(self, saved: dict[str, Any]) -> None:
         """Take over what `save` returned, or begin anew where that is empty."""
         adaptors = saved.get("adaptors", {})
         losses = {name: self._loss_of(name) for name in adaptors if name.partition(":")[0] in self.losses}
         self._adaptors.load_state_dict(adaptors, losses)
+        weights = saved.get("own_teachers") or [{} for _ in self._own_teachers]
+        if len(weights) != len(self._own_teachers):
+            raise CompressionError(
+                f"The checkpoint was written with {len(weights)} teachers that are the student itself, this run has "
+                f"{len(self._own_teachers)}. Give the same teachers to go on with it."
+            )
+        for teacher, its_weights in zip(self._own_teachers, weights, strict=True):
+            teacher.load(its_weights)
 
     def _loss_of(self, name: str) -> DistillationLoss:
         return self.losses[name.partition(":")[0]]

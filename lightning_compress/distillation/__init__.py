@@ -6,6 +6,7 @@ from lightning_compress.distillation.attention_transfer import AttentionTransfer
 from lightning_compress.distillation.contrastive import ContrastiveDistillation, contrastive_loss
 from lightning_compress.distillation.correlation import CorrelationDistillation, correlation
 from lightning_compress.distillation.decoupled import DecoupledDistillation, decoupled_losses
+from lightning_compress.distillation.ensemble import Network, OwnTeacher, Teacher, TeacherEnsemble, as_teachers
 from lightning_compress.distillation.features import FeatureDistillation
 from lightning_compress.distillation.logits import LogitDistillation, hinton_loss, multilabel_loss, standardized
 from lightning_compress.distillation.loss import DistillationLoss, FeatureLoss, number
@@ -45,12 +46,17 @@ __all__ = [
     "Features",
     "FrozenTeacher",
     "LogitDistillation",
+    "Network",
     "OutputRegression",
     "OutputSelector",
+    "OwnTeacher",
     "PseudoLabels",
     "RelationalDistillation",
     "SimilarityPreserving",
+    "Teacher",
+    "TeacherEnsemble",
     "angles",
+    "as_teachers",
     "attention_map",
     "check_selector",
     "contrastive_loss",

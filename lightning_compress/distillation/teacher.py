@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_compress.copying import copy_of
-from lightning_compress.distillation.taps import Features, FeatureTap
+from lightning_compress.distillation.taps import Features, FeatureTap, output_shapes
 from lightning_compress.errors import CompressionError
 
 
@@ -99,6 +101,8 @@ class FrozenTeacher:
 
     Args:
         network: The trained network.
+        transform: Makes its positional inputs of the student's: a tensor, or a tuple of all.
+        dtype: Floating-point type that it computes in, outside of autocast; that of the student by default.
 
     Raises:
         TypeError: If ``network`` is not an ``nn.Module``.
@@ -114,10 +118,17 @@ class FrozenTeacher:
         (True, True)
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        transform: Callable[..., Any] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if not isinstance(network, nn.Module):
             raise TypeError(f"`teacher` must be an nn.Module, got {type(network).__name__}.")
         self.network = network
+        self._transform = transform
+        self._dtype = dtype
         self._runner = network
         self._place: tuple[torch.device, torch.dtype] | None = None
         self._modes: dict[nn.Module, bool] | None = None
@@ -181,6 +192,7 @@ class FrozenTeacher:
             device: The student's device.
             dtype: The student's floating-point type.
         """
+        dtype = self._dtype or dtype
         if self._place == (device, dtype):
             return
         self._untap()  # it may listen to another copy
@@ -195,6 +207,10 @@ class FrozenTeacher:
         """Keep the outputs of these modules in every `answer` from now on, see `FeatureTap`; () for none."""
         self._names = tuple(names)
         self._untap()
+
+    def is_asked(self, select: Callable[[Any], Tensor] | None) -> bool:
+        """Tell whether a loss reads anything of it."""
+        return select is not None or bool(self._names)
 
     def _untap(self) -> None:
         if self._tap is not None:
@@ -221,10 +237,11 @@ class FrozenTeacher:
             >>> FrozenTeacher(nn.Flatten()).answer((torch.ones(1, 2, 1),), {}, select=lambda output: output).output
             tensor([[1., 1.]])
         """
+        args, kwargs = self._inputs(args, kwargs)
         if self._names:
             return self._answer_with_features(args, kwargs, select)
         assert select is not None
-        with torch.inference_mode():
+        with torch.inference_mode(), self._own_precision():
             selected = select(self._runner(*args, **kwargs))
             is_finite = bool(torch.isfinite(selected).all())
         if not is_finite:
@@ -238,7 +255,7 @@ class FrozenTeacher:
         if self._tap is None:
             self._tap = FeatureTap(self._runner, self._names)
         # Not in inference mode: its tensors would all have to be copied.
-        with torch.no_grad():
+        with torch.no_grad(), self._own_precision():
             self._tap.clear()
             output = self._runner(*args, **kwargs)
             features = self._tap.take()
@@ -248,6 +265,31 @@ class FrozenTeacher:
             if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
                 raise self._not_finite(name)
         return Answer(selected, {name: [tensor.detach() for tensor in tensors] for name, tensors in features.items()})
+
+    def shapes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what its modules return, see `output_shapes`."""
+        with self._own_precision():
+            return output_shapes(self._runner, *self._inputs(args, kwargs))
+
+    def _inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """Return the teacher's inputs."""
+        if self._transform is not None:
+            with torch.no_grad():
+                made = self._transform(*args)
+            args = made if isinstance(made, tuple) else (made,)
+        if self._dtype is None:
+            return args, kwargs
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+        cast_args, cast_kwargs = pytree.tree_map_only(Tensor, cast, (tuple(args), dict(kwargs)))
+        return cast_args, cast_kwargs
+
+    def _own_precision(self) -> AbstractContextManager[Any]:
+        if self._dtype is None or self._place is None:
+            return nullcontext()
+        return torch.autocast(self._place[0].type, enabled=False)
 
     def _not_finite(self, name: str) -> ValueError:
         where = f" in `{name}`" if name else ""

@@ -741,7 +741,11 @@ def test_a_teacher_that_returns_nan_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"teacher": "resnet"}, TypeError, "`teacher` must be an nn.Module, got str."),
+        (
+            {"teacher": 18},
+            TypeError,
+            '`teacher` must be an nn.Module, a callable, the path of an ONNX file, "self" or "ema", got int.',
+        ),
         ({"temperature": 0.0}, ValueError, "`temperature` must be a positive finite number, got 0.0."),
         ({"weight": -1.0}, ValueError, "`weight` must be a finite number of at least 0, got -1.0."),
         (

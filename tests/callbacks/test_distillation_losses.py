@@ -179,15 +179,19 @@ def test_a_run_that_is_stopped_and_resumed_has_the_same_adaptors_to_the_bit(tmp_
     assert all(torch.equal(adaptors[name], again[name]) for name in adaptors)
 
 
-def test_two_processes_learn_the_same_adaptors(tmp_path: Path) -> None:
-    class Checked(pl.Callback):
-        def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            (callback,) = (item for item in trainer.callbacks if isinstance(item, KnowledgeDistillation))  # type: ignore[attr-defined]
-            torch.save(adaptor_weights(callback), tmp_path / f"{trainer.global_rank}.pt")
+class WritesAdaptors(pl.Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    strategy = DDPStrategy(process_group_backend="gloo", start_method="fork")
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        (callback,) = (item for item in trainer.callbacks if isinstance(item, KnowledgeDistillation))  # type: ignore[attr-defined]
+        torch.save(adaptor_weights(callback), self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_two_processes_learn_the_same_adaptors(tmp_path: Path) -> None:
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
     callback = KnowledgeDistillation(seeded(Teacher, seed=1), losses=[HINT])
-    trainer(tmp_path, callback, Checked(), strategy=strategy, devices=2).fit(seeded(Student), loader(shuffle=True))
+    trainer(tmp_path, callback, WritesAdaptors(tmp_path), strategy=strategy, devices=2).fit(seeded(Student), loader())
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert len(first) == 1
     assert all(torch.equal(first[name], second[name]) for name in first)
