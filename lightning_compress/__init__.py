@@ -16,12 +16,15 @@ from lightning_compress.distillation import (
     CorrelationDistillation,
     DecoupledDistillation,
     FeatureDistillation,
+    IndexedDataset,
     LogitDistillation,
     OutputRegression,
     PseudoLabels,
     RelationalDistillation,
     SimilarityPreserving,
     Teacher,
+    TeacherCache,
+    collate_indexed,
 )
 from lightning_compress.export import ExportResult, export_onnx
 from lightning_compress.quantization.placement_report import placement_report
@@ -37,6 +40,7 @@ __all__ = [
     "DecoupledDistillation",
     "ExportResult",
     "FeatureDistillation",
+    "IndexedDataset",
     "KnowledgeDistillation",
     "LogitDistillation",
     "MagnitudePruning",
@@ -50,6 +54,8 @@ __all__ = [
     "Shrunk",
     "SimilarityPreserving",
     "Teacher",
+    "TeacherCache",
+    "collate_indexed",
     "export_onnx",
     "load_compressed_state",
     "placement_report",

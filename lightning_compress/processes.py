@@ -26,6 +26,26 @@ def n_processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def rank() -> int:
+    """Return the number of this process among those that train together, from 0.
+
+    Example:
+        >>> rank()
+        0
+    """
+    return distributed.get_rank() if n_processes() > 1 else 0
+
+
+def wait_for_all() -> None:
+    """Wait until all processes have come here; all must call it.
+
+    Example:
+        >>> wait_for_all()
+    """
+    if n_processes() > 1:
+        distributed.barrier()
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """Let this process compute as if there were no others: what it runs inside waits for nobody.

@@ -26,14 +26,20 @@ from lightning_compress.callbacks.trainers import check_trainer, has_late_layers
 from lightning_compress.copying import copy_of
 from lightning_compress.distillation import (
     Annealing,
+    Answer,
+    CachedAnswers,
     DistillationLoss,
+    IndexedBatch,
+    IndexedDataset,
     LogitDistillation,
     Network,
     OutputSelector,
     Teacher,
+    TeacherCache,
     TeacherEnsemble,
     as_teachers,
     check_selector,
+    checksums,
     number,
     output_shapes,
     paired_names,
@@ -83,6 +89,9 @@ class KnowledgeDistillation(Callback):
             LightningModule itself if the step calls it, else the one child that holds all layers.
         teacher_checkpoint: A file with the teacher's weights, of a Trainer or of `torch.save`, to be loaded into
             ``teacher`` first; also where the teacher was a part of the module that was saved.
+        cache: A folder, or a `TeacherCache`, in which the teacher's answers are kept by the number of the sample, so
+            that it runs in the first epoch alone, and not at all in later runs. The training data must be an
+            `IndexedDataset`.
 
     Raises:
         CompressionError: If ``teacher_checkpoint`` does not hold the teacher's weights.
@@ -110,11 +119,17 @@ class KnowledgeDistillation(Callback):
         task_loss: bool = True,
         module: str | None = None,
         teacher_checkpoint: str | os.PathLike[str] | None = None,
+        cache: TeacherCache | str | os.PathLike[str] | None = None,
     ) -> None:
         check_selector(output)
         check_selector(labels, "labels")
         self.losses = _checked_losses(losses, *plain((temperature, weight)))
         self._teacher = TeacherEnsemble(as_teachers(teacher, teacher_checkpoint))
+        self._cache = cache if isinstance(cache, TeacherCache) or cache is None else TeacherCache(cache)
+        self._answers: CachedAnswers | None = None
+        if self._cache is not None:
+            _check_can_be_kept(self.losses, self._cache)
+            self._teacher.identity()  # raises where answers may change
         self._output = output
         self._labels = labels
         self._task_loss = task_loss
@@ -123,6 +138,7 @@ class KnowledgeDistillation(Callback):
         self._pairs: list[dict[str, str]] = [{} for _ in self.losses]
         self._learned = LearnedAdaptors()
         self._batch: Any = None
+        self._index: Tensor | None = None
         self._total_steps: int | None = None
         self._last_step = 0
         self._network: str | None = None
@@ -187,6 +203,7 @@ class KnowledgeDistillation(Callback):
         """Let random numbers go on where a checkpoint left them."""
         self._random.begin(trainer)
         self._total_steps, self._last_step = None, completed_steps(trainer)
+        self._open_cache(trainer)
         if self._last_step == 0:  # a new run begins with the student as it is now
             for teacher in self._teacher.own:
                 teacher.forget()
@@ -251,7 +268,7 @@ class KnowledgeDistillation(Callback):
         # The tuner replaces the callbacks for a while: the first step may come before `on_fit_start`.
         tap = self._listen_to(pl_module)
         self._n_used_calls = 0
-        self._batch = args[0] if args else next(iter(kwargs.values()), None)
+        args, kwargs = self._without_index(args, kwargs)
         steps_before = pl_module.trainer.global_step
         with tap.recording():
             output = user_step(*args, **kwargs)
@@ -262,7 +279,7 @@ class KnowledgeDistillation(Callback):
                 return None
             loss = _loss_of(output) if self._task_loss else None
             term = self._term(pl_module, tap.calls())
-        self._batch = None
+        self._batch = self._index = None
         if term is None:
             raise CompressionError(
                 f"No output of the network's forward in `training_step` of `{type(pl_module).__name__}` needs a "
@@ -345,7 +362,7 @@ class KnowledgeDistillation(Callback):
         self, pl_module: pl.LightningModule, call: ForwardCall, losses: Sequence[DistillationLoss]
     ) -> list[Tensor]:
         """Return the term of each loss, without its weight, for one call of the network."""
-        answer = self._teacher.answer(call.args, call.kwargs, self._teacher_logits if self._reads_output else None)
+        answer = self._answer(pl_module, call)
         student = select_logits(call.output, self._output, "student") if self._reads_output else None
         terms = []
         for name, loss, pairs in zip(self._learned.losses, losses, self._pairs, strict=True):
@@ -368,6 +385,61 @@ class KnowledgeDistillation(Callback):
                         raise self._not_comparable(error, loss, mine, theirs, call, pl_module) from error
             terms.append(torch.stack(values).mean())
         return terms
+
+    def _without_index(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of the step with the user's own batch, and keep it and the numbers of its samples."""
+
+        def own(value: Any) -> Any:
+            if isinstance(value, IndexedBatch):
+                self._index = value.index
+                return value.batch
+            return value
+
+        self._index = None
+        args, kwargs = tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
+        self._batch = args[0] if args else next(iter(kwargs.values()), None)
+        return args, kwargs
+
+    def _open_cache(self, trainer: pl.Trainer) -> None:
+        """Open the cache for the data of this run."""
+        if self._cache is None:
+            return
+        dataset = _indexed_dataset(trainer.train_dataloader)
+        if dataset is None:
+            raise CompressionError(
+                "`cache` keeps the teacher's answers by the number of the sample, which the training data do not tell. "
+                "Wrap them: `DataLoader(IndexedDataset(dataset), ...)`."
+            )
+        dataset.check_repeats()
+        identity = {
+            "teachers": self._teacher.identity(),
+            "views": dataset.views,
+            "output": self._output.__qualname__ if callable(self._output) else repr(self._output),
+            "layers": sorted({theirs for pairs in self._pairs for theirs in pairs.values()}),
+            "reads_output": self._reads_output,
+        }
+        self._answers = CachedAnswers(self._cache.folder, dataset.n_entries, identity, self._cache.top_k)
+
+    def _answer(self, pl_module: pl.LightningModule, call: ForwardCall) -> Answer:
+        """Return what the teacher says of a call, or has said before."""
+        select = self._teacher_logits if self._reads_output else None
+        if self._answers is None:
+            return self._teacher.answer(call.args, call.kwargs, select)
+        if self._index is None:
+            raise CompressionError(
+                "A training batch came without the numbers of its samples, by which `cache` keeps the teacher's "
+                "answers. Wrap every training data set: `IndexedDataset(dataset)`; with a collate function of your own "
+                "use `collate_fn=partial(collate_indexed, collate=mine)`."
+            )
+        tensors = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+        sums = checksums(tensors, len(self._index))
+        found = self._answers.get(self._index, sums)
+        if found is None:
+            self._answers.put(self._index, sums, self._teacher.answer(call.args, call.kwargs, select))
+            found = self._answers.get(self._index, sums)  # what a later run will read
+        assert found is not None
+        output = None if found.output is None else found.output.to(pl_module.device)
+        return Answer(output, {k: [v.to(pl_module.device) for v in values] for k, values in found.features.items()})
 
     def _not_comparable(
         self,
@@ -470,6 +542,26 @@ def _checked_losses(
         if not isinstance(loss, DistillationLoss):
             raise TypeError(f"`losses` must hold distillation losses, got {type(loss).__name__}.")
     return tuple(losses)
+
+
+def _check_can_be_kept(losses: Sequence[DistillationLoss], cache: TeacherCache) -> None:
+    for loss in losses:
+        if cache.top_k is not None and not loss.pairs and not loss.needs_probabilities_alone:
+            raise ValueError(
+                f"`top_k` keeps the largest probabilities alone, and `{type(loss).__name__}` compares all logits as "
+                "they are. Leave `top_k` out."
+            )
+
+
+def _indexed_dataset(loaders: Any) -> IndexedDataset | None:
+    """Return the indexed data set that a loader, or one of several, draws from."""
+    for loader in pytree.tree_leaves(loaders):
+        found = getattr(loader, "dataset", None)
+        while found is not None and not isinstance(found, IndexedDataset):
+            found = getattr(found, "dataset", None)
+        if found is not None:
+            return found
+    return None
 
 
 def _unique_names(losses: Sequence[DistillationLoss]) -> list[str]:

@@ -3,11 +3,13 @@
 from lightning_compress.distillation.adaptors import Adaptors
 from lightning_compress.distillation.annealing import Annealing
 from lightning_compress.distillation.attention_transfer import AttentionTransfer, attention_map
+from lightning_compress.distillation.cache import CachedAnswers, TeacherCache, checksums
 from lightning_compress.distillation.contrastive import ContrastiveDistillation, contrastive_loss
 from lightning_compress.distillation.correlation import CorrelationDistillation, correlation
 from lightning_compress.distillation.decoupled import DecoupledDistillation, decoupled_losses
 from lightning_compress.distillation.ensemble import Network, OwnTeacher, Teacher, TeacherEnsemble, as_teachers
 from lightning_compress.distillation.features import FeatureDistillation
+from lightning_compress.distillation.indexed import IndexedBatch, IndexedDataset, collate_indexed
 from lightning_compress.distillation.logits import LogitDistillation, hinton_loss, multilabel_loss, standardized
 from lightning_compress.distillation.loss import DistillationLoss, FeatureLoss, number
 from lightning_compress.distillation.pseudo_labels import PseudoLabels
@@ -35,6 +37,7 @@ __all__ = [
     "Annealing",
     "Answer",
     "AttentionTransfer",
+    "CachedAnswers",
     "ContrastiveDistillation",
     "CorrelationDistillation",
     "DecoupledDistillation",
@@ -45,6 +48,8 @@ __all__ = [
     "FeatureTap",
     "Features",
     "FrozenTeacher",
+    "IndexedBatch",
+    "IndexedDataset",
     "LogitDistillation",
     "Network",
     "OutputRegression",
@@ -54,11 +59,14 @@ __all__ = [
     "RelationalDistillation",
     "SimilarityPreserving",
     "Teacher",
+    "TeacherCache",
     "TeacherEnsemble",
     "angles",
     "as_teachers",
     "attention_map",
     "check_selector",
+    "checksums",
+    "collate_indexed",
     "contrastive_loss",
     "correlation",
     "decoupled_losses",

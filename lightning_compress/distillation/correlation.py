@@ -42,6 +42,12 @@ class CorrelationDistillation(DistillationLoss):
         check_number("between_classes", self.between_classes, least=0.0)
         check_number("between_samples", self.between_samples, least=0.0)
 
+    @property
+    @override
+    def needs_probabilities_alone(self) -> bool:
+        """Whether logits that give the same probabilities are the same to it."""
+        return True
+
     @override
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return both parts, weighted, times ``T^2``."""

@@ -48,6 +48,12 @@ class DecoupledDistillation(DistillationLoss):
         check_number("target", self.target, least=0.0)
         check_number("others", self.others, least=0.0)
 
+    @property
+    @override
+    def needs_probabilities_alone(self) -> bool:
+        """Whether logits that give the same probabilities are the same to it."""
+        return not self.standardize
+
     @override
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return both parts, weighted."""

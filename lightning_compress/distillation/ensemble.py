@@ -226,6 +226,27 @@ class TeacherEnsemble:
             found += [f"{number}.{name}" for name in known] if self._are_several else known
         return found
 
+    def identity(self) -> list[dict[str, Any]]:
+        """Return what tells these teachers from others, as plain types.
+
+        Raises:
+            ValueError: If one of them may say something else of the same sample later.
+        """
+        found = []
+        for teacher, share in zip(self.teachers, self._shares, strict=True):
+            if isinstance(teacher, OwnTeacher):
+                raise ValueError(
+                    '"self" and "ema" are another teacher in every run and step: their answers cannot be kept. Train '
+                    "without a cache."
+                )
+            if isinstance(teacher.network, CallableNetwork):
+                raise ValueError(
+                    "Nothing tells whether a callable gives the same answers in the next run, so they cannot be kept. "
+                    "Give the teacher as an nn.Module or an ONNX file, or train without a cache."
+                )
+            found.append({**teacher.identity(), "share": share})
+        return found
+
     def in_network(self, name: str, network: str) -> str:
         """Return a name as of `names` without that of the network, where it is that of the student's own module.
 

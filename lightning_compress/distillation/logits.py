@@ -49,6 +49,12 @@ class LogitDistillation(DistillationLoss):
         if self.multilabel and self.standardize:
             raise ValueError("`standardize` compares classes with one another, which `multilabel` keeps apart.")
 
+    @property
+    @override
+    def needs_probabilities_alone(self) -> bool:
+        """Whether logits that give the same probabilities are the same to it."""
+        return not self.multilabel and not self.standardize
+
     @override
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the divergence of the student's distributions from the teacher's."""

@@ -34,6 +34,11 @@ class DistillationLoss(ABC):
 
     needs_labels: ClassVar[bool] = False
 
+    @property
+    def needs_probabilities_alone(self) -> bool:
+        """Whether logits that give the same probabilities are the same to it."""
+        return False
+
     def __post_init__(self) -> None:
         check_number("weight", self.weight, least=0.0)
 

@@ -36,6 +36,12 @@ class PseudoLabels(DistillationLoss):
         if not 0.0 <= self.threshold < 1.0:
             raise ValueError(f"`threshold` is a probability in [0, 1), got {self.threshold}.")
 
+    @property
+    @override
+    def needs_probabilities_alone(self) -> bool:
+        """Whether logits that give the same probabilities are the same to it."""
+        return True
+
     @override
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the mean over samples and positions that count, 0 where none does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +80,20 @@ def load_weights(network: nn.Module, checkpoint: str | os.PathLike[str]) -> None
         f"{os.fspath(checkpoint)} does not hold the weights of the teacher, a `{type(network).__name__}`: it has no "
         f"`{missing}`. It begins with {', '.join(f'`{name}`' for name in list(weights)[:3])}."
     )
+
+
+def identity_of(network: nn.Module) -> str:
+    """Return a number that tells a teacher from others: of its class, its settings and its weights.
+
+    Example:
+        >>> identity_of(nn.ReLU()) == identity_of(nn.ReLU()), identity_of(nn.ReLU()) == identity_of(nn.Tanh())
+        (True, False)
+    """
+    found = hashlib.sha256(repr(network).encode())
+    for name, tensor in network.state_dict().items():
+        found.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:32]
 
 
 class Answer(NamedTuple):
@@ -265,6 +280,16 @@ class FrozenTeacher:
             if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
                 raise self._not_finite(name)
         return Answer(selected, {name: [tensor.detach() for tensor in tensors] for name, tensors in features.items()})
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this teacher from others, as plain types."""
+        code = getattr(self._transform, "__code__", None)
+        transform = None if self._transform is None else getattr(self._transform, "__qualname__", repr(self._transform))
+        return {
+            "network": identity_of(self.network),
+            "transform": transform if code is None else f"{transform} {code.co_code.hex()} {code.co_consts!r}",
+            "precision": None if self._dtype is None else str(self._dtype),
+        }
 
     def shapes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what its modules return, see `output_shapes`."""
