@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from lightning_compress.callbacks.checkpoint import attach_state
+from lightning_compress.callbacks.checkpoint import attach_state, attached_state
 from lightning_compress.callbacks.clock import completed_steps, total_steps
 from lightning_compress.callbacks.distilled_methods import WRAPPERS, Wrapper, take_off_silent_wrappers
 from lightning_compress.callbacks.forward_tap import ForwardCall, ForwardTap
@@ -40,6 +40,7 @@ from lightning_compress.distillation import (
     as_teachers,
     check_selector,
     checksums,
+    identity_of_function,
     number,
     output_shapes,
     paired_names,
@@ -48,7 +49,7 @@ from lightning_compress.distillation import (
     split_name,
 )
 from lightning_compress.errors import CompressionError
-from lightning_compress.processes import average_
+from lightning_compress.processes import average_, wait_for_all
 from lightning_compress.settings import plain
 
 
@@ -99,6 +100,7 @@ class KnowledgeDistillation(Callback):
         ValueError: If ``temperature`` or ``weight`` is out of range, or given together with ``losses``.
 
     Example:
+        >>> from torch import nn
         >>> teacher = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
         >>> callback = KnowledgeDistillation(teacher, temperature=4.0, weight=0.7)
         >>> from lightning_compress.distillation import FeatureDistillation
@@ -136,6 +138,7 @@ class KnowledgeDistillation(Callback):
         self._module = module
         self._tap: ForwardTap | None = None
         self._pairs: list[dict[str, str]] = [{} for _ in self.losses]
+        self._are_in_network = False
         self._learned = LearnedAdaptors()
         self._batch: Any = None
         self._index: Tensor | None = None
@@ -159,11 +162,14 @@ class KnowledgeDistillation(Callback):
         self._learned = LearnedAdaptors(
             dict(zip(_unique_names(self.losses), self.losses, strict=True)), self._teacher.own
         )
-        if self._teacher.own or any(type(loss).adaptors is not DistillationLoss.adaptors for loss in self.losses):
+        has_state = any(type(loss).adaptors is not DistillationLoss.adaptors for loss in self.losses)
+        # That of an earlier fit must not go on into new checkpoints.
+        if has_state or self._teacher.own or attached_state(pl_module, STATE_KEY, LearnedAdaptors) is not None:
             attach_state(pl_module, STATE_KEY, self._learned.save, self._learned.load)
         self._teacher.check_apart_from(pl_module)
         self._teacher.freeze()
         self._saw_manual_backward = self._was_added = False
+        self._answers = None
         self._wrappers = [wrapper(self, pl_module) for wrapper in WRAPPERS]
         for wrapper in self._wrappers:
             setattr(pl_module, wrapper.method, wrapper)
@@ -181,7 +187,7 @@ class KnowledgeDistillation(Callback):
             for name, _ in pl_module.get_submodule(root).named_modules():
                 student.setdefault(name, f"{root}.{name}" if root and name else root or name)
         names = self._teacher.names(list(student))
-        self._pairs = []
+        self._pairs, self._are_in_network = [], False
         for loss in self.losses:
             pairs = paired_names(loss.pairs, student, names, type(loss).__name__)
             self._pairs.append({_located(mine, student): theirs for mine, theirs in pairs.items()})
@@ -225,7 +231,7 @@ class KnowledgeDistillation(Callback):
     ) -> None:
         """Average the gradients of the adaptors, which DDP does not know of, over the processes."""
         if first_optimizer(optimizer) is first_optimizer(trainer.optimizers):
-            average_(self._learned.gradients())
+            average_(self._learned.gradients())  # as many in every process
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -334,7 +340,8 @@ class KnowledgeDistillation(Callback):
         waiting = [teacher for teacher in self._teacher.own if not teacher.has_begun]
         for teacher in waiting:
             teacher.begin(strip(copy_of(pl_module.get_submodule(network))))
-        if waiting and network:
+        if self._teacher.own and network and not self._are_in_network:
+            self._are_in_network = True
             self._pairs = [
                 {mine: self._teacher.in_network(theirs, network) for mine, theirs in pairs.items()}
                 for pairs in self._pairs
@@ -364,6 +371,18 @@ class KnowledgeDistillation(Callback):
         """Return the term of each loss, without its weight, for one call of the network."""
         answer = self._answer(pl_module, call)
         student = select_logits(call.output, self._output, "student") if self._reads_output else None
+        # Autocast would take the matrix products of the losses back to half precision.
+        with torch.autocast(pl_module.device.type, enabled=False):
+            return self._compared(pl_module, call, losses, answer, student)
+
+    def _compared(
+        self,
+        pl_module: pl.LightningModule,
+        call: ForwardCall,
+        losses: Sequence[DistillationLoss],
+        answer: Answer,
+        student: Tensor | None,
+    ) -> list[Tensor]:
         terms = []
         for name, loss, pairs in zip(self._learned.losses, losses, self._pairs, strict=True):
             labels = select_labels(self._batch, self._labels) if loss.needs_labels else None
@@ -414,11 +433,12 @@ class KnowledgeDistillation(Callback):
         identity = {
             "teachers": self._teacher.identity(),
             "views": dataset.views,
-            "output": self._output.__qualname__ if callable(self._output) else repr(self._output),
+            "output": identity_of_function(self._output) if callable(self._output) else repr(self._output),
             "layers": sorted({theirs for pairs in self._pairs for theirs in pairs.values()}),
             "reads_output": self._reads_output,
         }
         self._answers = CachedAnswers(self._cache.folder, dataset.n_entries, identity, self._cache.top_k)
+        wait_for_all()  # all have seen whether there is one before any of them makes one
 
     def _answer(self, pl_module: pl.LightningModule, call: ForwardCall) -> Answer:
         """Return what the teacher says of a call, or has said before."""
@@ -501,6 +521,7 @@ class KnowledgeDistillation(Callback):
             wrapper.owner = None
             take_off_silent_wrappers(pl_module, wrapper.method)
         self._wrappers = []
+        self._batch = self._index = None
         self._teacher.release()
 
 

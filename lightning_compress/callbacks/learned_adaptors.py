@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -30,6 +31,7 @@ class LearnedAdaptors:
         self.losses = dict(losses or {})
         self._own_teachers = own_teachers
         self._adaptors = Adaptors()
+        self._optimizer: Optimizer | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LearnedAdaptors:
         return LearnedAdaptors()  # a copy of the module has no part in the fit
@@ -57,11 +59,15 @@ class LearnedAdaptors:
 
     def join(self, optimizer: Optimizer | None) -> None:
         """Let an optimizer learn the adaptors that there are."""
+        self._optimizer = optimizer
         if optimizer is not None:
             learn_too(optimizer, self._adaptors.parameters())
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients of all adaptors."""
+        """Return the gradients of all adaptors, zeros where there were none."""
+        for parameter in self._adaptors.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         return [parameter.grad for parameter in self._adaptors.parameters() if parameter.grad is not None]
 
     def save(self) -> dict[str, Any]:
@@ -74,8 +80,11 @@ class LearnedAdaptors:
     def load(self, saved: dict[str, Any]) -> None:
         """Take over what `save` returned, or begin anew where that is empty."""
         adaptors = saved.get("adaptors", {})
+        if self._optimizer is not None:  # as after a search of the learning rate: it is loaded next
+            forget_again(self._optimizer, self._adaptors.parameters())
         losses = {name: self._loss_of(name) for name in adaptors if name.partition(":")[0] in self.losses}
         self._adaptors.load_state_dict(adaptors, losses)
+        self.join(self._optimizer)
         weights = saved.get("own_teachers") or [{} for _ in self._own_teachers]
         if len(weights) != len(self._own_teachers):
             raise CompressionError(
@@ -121,3 +130,21 @@ def learn_too(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
     """
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     optimizer.param_groups[0]["params"].extend(item for item in parameters if id(item) not in known)
+
+
+def forget_again(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Undo `learn_too`.
+
+    Example:
+        >>> import torch
+        >>> added, optimizer = nn.Parameter(torch.ones(1)), torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)
+        >>> learn_too(optimizer, [added])
+        >>> forget_again(optimizer, [added])
+        >>> len(optimizer.param_groups[0]["params"])
+        2
+    """
+    gone = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)

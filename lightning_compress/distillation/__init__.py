@@ -30,7 +30,7 @@ from lightning_compress.distillation.taps import (
     paired_names,
     split_name,
 )
-from lightning_compress.distillation.teacher import Answer, FrozenTeacher, load_weights
+from lightning_compress.distillation.teacher import Answer, FrozenTeacher, identity_of_function, load_weights
 
 __all__ = [
     "Adaptors",
@@ -73,6 +73,7 @@ __all__ = [
     "distance",
     "distances",
     "hinton_loss",
+    "identity_of_function",
     "load_weights",
     "multilabel_loss",
     "number",

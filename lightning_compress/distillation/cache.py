@@ -104,7 +104,7 @@ class CachedAnswers:
         try:
             saved = json.loads(meta.read_text())
             shapes, known = saved.pop("shapes"), dict(saved)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CompressionError(f"{meta} is no description of a teacher's cache. Delete the folder.") from error
         different = [name for name in {**known, **self._identity} if known.get(name) != self._identity.get(name)]
         if different:
@@ -198,7 +198,13 @@ class CachedAnswers:
             if name == "" and self.top_k is not None:
                 self._keep_largest(rows, tensor)
             else:
-                self._arrays[f"{name}\0values"][rows] = tensor.detach().to("cpu", torch.float16).numpy()
+                halved = tensor.detach().to("cpu", torch.float16)
+                if not bool(torch.isfinite(halved).all()):
+                    raise CompressionError(
+                        f"The teacher's {name.partition('#')[0] or 'output'} holds values up to "
+                        f"{float(tensor.abs().max()):.3g}, more than half precision can keep. Train without a cache."
+                    )
+                self._arrays[f"{name}\0values"][rows] = halved.numpy()
         self._arrays[_INPUTS][rows] = inputs.cpu().numpy()
         self._arrays[_DONE][rows] = 1
 
@@ -276,11 +282,12 @@ def checksums(tensors: list[Tensor], n_samples: int) -> Tensor:
         if tensor.dim() == 0 or len(tensor) != n_samples:
             continue
         rows = tensor.detach().reshape(n_samples, -1).contiguous()
-        words = rows.view(_INTEGERS[rows.element_size()]) if rows.dtype != torch.bool else rows.to(torch.uint8)
+        # No word has more than 32 bits: of longer ones, the product would lose the highest bits, such as the sign.
+        words = rows.to(torch.uint8) if rows.dtype == torch.bool else rows.view(_INTEGERS[min(rows.element_size(), 4)])
         generator = torch.Generator().manual_seed(number)
         weights = torch.randint(1, 2**31, (words.shape[1],), generator=generator).to(words.device)
         total += (words.to(torch.int64) * weights).sum(1).cpu()
     return total
 
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}

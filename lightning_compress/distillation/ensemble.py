@@ -136,6 +136,8 @@ class OwnTeacher(FrozenTeacher):
         Args:
             network: The copy, which becomes the teacher's own.
         """
+        if self.decay is not None:
+            network = network.float()  # half precision would round small steps of the average away
         if self._saved is not None:
             network.load_state_dict(self._saved)
         self.release()
@@ -156,13 +158,10 @@ class OwnTeacher(FrozenTeacher):
             return
         self._n_updates += 1
         decay = min(self.decay, (1 + self._n_updates) / (10 + self._n_updates))
-        theirs = student.state_dict()
-        for name, mine in self.network.state_dict().items():
-            value = theirs[name].to(mine.device)
-            if mine.is_floating_point() and name in dict(self.network.named_parameters()):
-                mine.lerp_(value.to(mine.dtype), 1.0 - decay)
-            else:
-                mine.copy_(value)
+        for mine, theirs in zip(self.network.parameters(), student.parameters(), strict=True):
+            mine.lerp_(theirs.to(mine.device, mine.dtype), 1.0 - decay)
+        for buffer, value in zip(self.network.buffers(), student.buffers(), strict=True):
+            buffer.copy_(value)
         if self._runner is not self.network and self._place is not None:
             place, self._place = self._place, None
             self.move_to(*place)
@@ -304,13 +303,17 @@ class TeacherEnsemble:
         Raises:
             CompressionError: If the logits of several teachers have not one shape.
         """
-        answers = [teacher.answer(args, kwargs, select) for teacher in self.teachers if teacher.is_asked(select)]
+        answers = {
+            number: teacher.answer(args, kwargs, select)
+            for number, teacher in enumerate(self.teachers)
+            if teacher.is_asked(select)
+        }
         if len(self.teachers) == 1:
             return answers[0]
         features: Features = {}
-        for number, answer in enumerate(answers):
+        for number, answer in answers.items():
             features |= {f"{number}.{name}": values for name, values in answer.features.items()}
-        outputs = [answer.output for answer in answers if answer.output is not None]
+        outputs = [answer.output for answer in answers.values() if answer.output is not None]
         if not outputs:
             return Answer(None, features)
         if len({output.shape for output in outputs}) > 1:

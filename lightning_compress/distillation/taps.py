@@ -53,7 +53,7 @@ class FeatureTap:
         """Return what was kept since `clear`, and keep nothing from now on."""
         log, found = self._log, Features()
         for kept in log.kept:
-            if kept.tensor._version != kept.version:
+            if _version(kept.tensor) != kept.version:
                 log.overwritten.add(kept.name)
             is_changed = kept.name in log.overwritten and kept.copy is not None
             found.setdefault(kept.name, []).append(kept.copy if is_changed and kept.copy is not None else kept.tensor)
@@ -115,7 +115,12 @@ class FeatureEar:
             return
         tensor = _entry(output, self.name)
         must_copy = self.log.is_first or self.name in self.log.overwritten
-        self.log.kept.append(_Kept(self.name, tensor, tensor._version, tensor.clone() if must_copy else None))
+        self.log.kept.append(_Kept(self.name, tensor, _version(tensor), tensor.clone() if must_copy else None))
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was written into; of one of inference mode nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def split_name(name: str) -> tuple[str, str | None]:

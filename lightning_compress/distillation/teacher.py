@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +96,28 @@ def identity_of(network: nn.Module) -> str:
         found.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:32]
+
+
+def identity_of_function(function: Callable[..., Any]) -> str:
+    """Return what tells a function from others: its name, its code, and the values that it holds on to.
+
+    Example:
+        >>> first, second = lambda x: x[0], lambda x: x[1]
+        >>> identity_of_function(first) == identity_of_function(second)
+        False
+    """
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return re.sub(r" at 0x[0-9a-f]+", "", f"{name} {function!r} {getattr(function, '__dict__', {})}")
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    parts = [name, _identity_of_code(code), repr(getattr(function, "__defaults__", None)), repr(cells)]
+    return re.sub(r" at 0x[0-9a-f]+", "", " ".join(parts))
+
+
+def _identity_of_code(code: CodeType) -> str:
+    constants = [_identity_of_code(item) if isinstance(item, CodeType) else repr(item) for item in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 
 class Answer(NamedTuple):
@@ -283,11 +307,9 @@ class FrozenTeacher:
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this teacher from others, as plain types."""
-        code = getattr(self._transform, "__code__", None)
-        transform = None if self._transform is None else getattr(self._transform, "__qualname__", repr(self._transform))
         return {
             "network": identity_of(self.network),
-            "transform": transform if code is None else f"{transform} {code.co_code.hex()} {code.co_consts!r}",
+            "transform": None if self._transform is None else identity_of_function(self._transform),
             "precision": None if self._dtype is None else str(self._dtype),
         }
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
@@ -413,3 +413,60 @@ def test_a_teacher_whose_features_are_not_finite_is_refused(tmp_path: Path) -> N
         ValueError,
         r"The teacher `Teacher` returned NaN or infinite values in `net\.1`",
     )
+
+
+def test_losses_are_computed_in_float32_under_autocast(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    class Spy(RelationalDistillation):
+        def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
+            found = super().__call__(student, teacher)
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return found
+
+    losses = [Spy(layers={"hidden": "net.1"}), LogitDistillation()]
+    callback = KnowledgeDistillation(seeded(Teacher, seed=1), losses=losses)
+    trainer(tmp_path, callback, precision="bf16-mixed", limit_train_batches=1).fit(seeded(Student), loader())
+    assert seen == [False]
+
+
+def test_the_learning_rate_finder_leaves_adaptors_as_they_begin(tmp_path: Path) -> None:
+    class Found(Student):
+        def __init__(self) -> None:
+            super().__init__()
+            self.learning_rate = 0.1
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+
+    callback = KnowledgeDistillation(seeded(Teacher, seed=1), losses=[HINT])
+    finder = LearningRateFinder(num_training_steps=8, early_stop_threshold=None)
+    trainer(tmp_path, callback, finder, enable_checkpointing=True).fit(seeded(Found), loader(80))
+    assert len(adaptor_weights(callback)) == 1
+
+
+class Looking(Student):
+    """Also calls the network in inference mode, as for pseudo-labels."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+        with torch.inference_mode():
+            self(batch["x"])
+        return super().training_step(batch, batch_idx)
+
+
+def test_calls_in_inference_mode_do_not_count(tmp_path: Path) -> None:
+    looking, plain = seeded(Looking), seeded(Student)
+    fit(looking, tmp_path, HINT)
+    fit(plain, tmp_path, HINT)
+    torch.testing.assert_close(looking.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+def test_a_later_fit_without_adaptors_carries_none(tmp_path: Path) -> None:
+    student = seeded(Student)
+    fit(student, tmp_path, HINT)
+    callback = KnowledgeDistillation(seeded(Teacher, seed=1))
+    second = trainer(tmp_path, callback)
+    second.fit(student, loader())
+    second.save_checkpoint(tmp_path / "second.ckpt")
+    saved = torch.load(tmp_path / "second.ckpt", weights_only=True)["lightning_compress"]["distillation"]
+    assert saved == {"adaptors": {}, "own_teachers": []}

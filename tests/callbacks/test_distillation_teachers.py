@@ -142,3 +142,22 @@ def test_a_checkpoint_of_other_teachers_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, KnowledgeDistillation(["self", "ema"]), max_epochs=2).fit(
             seeded(Student), loader(), ckpt_path=tmp_path / "one.ckpt"
         )
+
+
+def test_a_trainer_that_goes_on_keeps_the_student_as_it_was(tmp_path: Path) -> None:
+    class Inside(Student):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Student()
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+            return torch.nn.functional.cross_entropy(self.net(batch["x"]), batch["label"])
+
+    callback = KnowledgeDistillation("self", losses=[FeatureDistillation(layers=["net.hidden"])], module="net")
+    student = seeded(Inside)
+    run = trainer(tmp_path, callback)
+    run.fit(student, loader())
+    weights = copy.deepcopy(callback._teacher.own[0].network.state_dict())
+    run.fit_loop.max_epochs = 2
+    run.fit(student, loader())
+    torch.testing.assert_close(callback._teacher.own[0].network.state_dict(), weights, rtol=0, atol=0)

@@ -125,7 +125,21 @@ def test_answers_that_are_not_one_row_a_sample_are_refused(tmp_path: Path) -> No
         TeacherCache(tmp_path, top_k=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+def test_values_that_half_precision_cannot_keep_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CompressionError, match=r"output holds values up to 1e\+05, more than half precision can keep"):
+        opened(tmp_path).put(INDEX, SUMS, Answer(torch.full((3, 2), 1e5), {}))
+
+
+def test_checksums_tell_signs_and_samples_may_hold_nan() -> None:
+    x = torch.randn(64, 7, dtype=torch.float64)
+    assert not bool((checksums([x], 64) == checksums([-x], 64)).any())
+    IndexedDataset([torch.tensor([torch.nan, 1.0])]).check_repeats()
+
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_checksums_tell_order_place_and_value(dtype: torch.dtype) -> None:
     image = (torch.arange(12).reshape(3, 4) % 5).to(dtype)
     other = image.clone()

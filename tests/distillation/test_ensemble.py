@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.distillation import OwnTeacher, Teacher, TeacherEnsemble, as_teachers
+from lightning_compress.distillation import OwnTeacher, Teacher, TeacherEnsemble, as_teachers, identity_of_function
 from lightning_compress.distillation.onnx_teacher import OnnxNetwork
 from lightning_compress.errors import CompressionError
 from lightning_compress.export import export_onnx
@@ -159,3 +160,38 @@ def test_buffers_are_taken_over_and_the_average_goes_on_after_a_load() -> None:
 def test_what_cannot_teach_is_refused(make: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         make()
+
+
+def test_tied_weights_are_averaged_once_and_half_precision_in_float32() -> None:
+    first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    second.weight = first.weight
+    teacher, student = OwnTeacher(decay=0.5), nn.Sequential(first, second).bfloat16()
+    nn.init.constant_(first.weight, 1.0)
+    teacher.begin(copy.deepcopy(student))
+    nn.init.constant_(first.weight, 2.0)
+    teacher.follow(student)
+    decay = (1 + 1) / (10 + 1)
+    expected = torch.full((2, 2), decay * 1.0 + (1 - decay) * 2.0)
+    for name in ("0.weight", "1.weight"):
+        torch.testing.assert_close(teacher.network.state_dict()[name], expected)
+
+
+def test_features_keep_the_number_of_their_teacher_where_others_are_not_asked() -> None:
+    first, second, x = network(), network(), torch.randn(5, 4)
+    ensemble = TeacherEnsemble([Teacher(first), Teacher(second)])
+    ensemble.tap(["1.1"])
+    found = ensemble.answer([x], {}, None)
+    torch.testing.assert_close(found.features, {"1.1": [second[:2](x).detach()]})
+
+
+def test_functions_are_told_apart_by_what_they_do() -> None:
+    def resized(size: int) -> Any:
+        return lambda x: x[:, :size]
+
+    functions: list[Any] = [torch.sin, torch.cos, itemgetter(0), itemgetter(1)]
+    functions += [partial(torch.mul, 2), partial(torch.mul, 3)]
+    functions += [resized(2), resized(3), lambda x: x.sin(), lambda x: x.cos(), lambda x: [y + 1 for y in x]]
+    identities = [identity_of_function(function) for function in functions]
+    assert len(set(identities)) == len(functions)
+    assert identity_of_function(resized(2)) == identity_of_function(resized(2))
+    assert not any("0x" in identity for identity in identities)
