@@ -49,7 +49,7 @@ from lightning_compress.distillation import (
     split_name,
 )
 from lightning_compress.errors import CompressionError
-from lightning_compress.processes import average_, wait_for_all
+from lightning_compress.processes import wait_for_all
 from lightning_compress.settings import plain
 
 
@@ -231,7 +231,7 @@ class KnowledgeDistillation(Callback):
     ) -> None:
         """Average the gradients of the adaptors, which DDP does not know of, over the processes."""
         if first_optimizer(optimizer) is first_optimizer(trainer.optimizers):
-            average_(self._learned.gradients())  # as many in every process
+            self._learned.average_gradients()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -5,32 +5,13 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from torch import Tensor
 from typing_extensions import override
 
-
-class Distilling(Protocol):
-    """What joins the methods: `KnowledgeDistillation`."""
-
-    def training_step(
-        self,
-        pl_module: pl.LightningModule,
-        user_step: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Run the user's step and join its loss."""
-
-    def manual_backward(
-        self, pl_module: pl.LightningModule, user_backward: Callable[..., None], loss: Tensor, *args: Any, **kwargs: Any
-    ) -> None:
-        """Join the loss that the user hands over, and run the user's backward."""
-
-    def configure_optimizers(self, user_method: Callable[[], Any]) -> Any:
-        """Run the user's method and let its optimizer learn what distillation learns."""
+if TYPE_CHECKING:
+    from lightning_compress.callbacks.distillation import KnowledgeDistillation
 
 
 class Wrapper(ABC):
@@ -41,8 +22,8 @@ class Wrapper(ABC):
 
     method: str
 
-    def __init__(self, owner: Distilling, pl_module: pl.LightningModule) -> None:
-        self.owner: Distilling | None = owner
+    def __init__(self, owner: KnowledgeDistillation, pl_module: pl.LightningModule) -> None:
+        self.owner: KnowledgeDistillation | None = owner
         self.pl_module = pl_module
         self.original: Callable[..., Any] = getattr(pl_module, self.method)
         self.replaced = pl_module.__dict__.get(self.method)  # None: the class's method
@@ -60,7 +41,7 @@ class Wrapper(ABC):
         return self.call_with(self.owner, *args, **kwargs)
 
     @abstractmethod
-    def call_with(self, owner: Distilling, *args: Any, **kwargs: Any) -> Any:
+    def call_with(self, owner: KnowledgeDistillation, *args: Any, **kwargs: Any) -> Any:
         """Call the user's method with the owner's term."""
 
 
@@ -68,7 +49,7 @@ class _DistilledStep(Wrapper):
     method = "training_step"
 
     @override
-    def call_with(self, owner: Distilling, *args: Any, **kwargs: Any) -> Any:
+    def call_with(self, owner: KnowledgeDistillation, *args: Any, **kwargs: Any) -> Any:
         return owner.training_step(self.pl_module, self.original, args, kwargs)
 
 
@@ -76,7 +57,7 @@ class _DistilledOptimizers(Wrapper):
     method = "configure_optimizers"
 
     @override
-    def call_with(self, owner: Distilling, *args: Any, **kwargs: Any) -> Any:
+    def call_with(self, owner: KnowledgeDistillation, *args: Any, **kwargs: Any) -> Any:
         return owner.configure_optimizers(self.original)
 
 
@@ -84,7 +65,7 @@ class _DistilledBackward(Wrapper):
     method = "manual_backward"
 
     @override
-    def call_with(self, owner: Distilling, *args: Any, **kwargs: Any) -> Any:
+    def call_with(self, owner: KnowledgeDistillation, *args: Any, **kwargs: Any) -> Any:
         return owner.manual_backward(self.pl_module, self.original, *args, **kwargs)
 
 

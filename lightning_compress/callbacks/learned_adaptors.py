@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.distillation import Adaptors, DistillationLoss, OwnTeacher
 from lightning_compress.errors import CompressionError
+from lightning_compress.processes import average_, n_processes
 
 STATE_KEY = "distillation"
 """Where they lie in a checkpoint: ``checkpoint["lightning_compress"]["distillation"]``."""
@@ -51,11 +52,10 @@ class LearnedAdaptors:
         Raises:
             ValueError: If the two cannot be compared.
         """
-        n_before = len(self._adaptors.parameters())
-        adapted = self._adaptors.pair(name, self._loss_of(name), student, teacher)
-        if len(self._adaptors.parameters()) > n_before:
+        if name not in self._adaptors:
+            self._adaptors.make(name, self._loss_of(name), student.shape, teacher.shape)
             self.join(first_optimizer(trainer.optimizers))
-        return adapted
+        return self._adaptors.adapted(name, student, teacher)
 
     def join(self, optimizer: Optimizer | None) -> None:
         """Let an optimizer learn the adaptors that there are."""
@@ -63,12 +63,15 @@ class LearnedAdaptors:
         if optimizer is not None:
             learn_too(optimizer, self._adaptors.parameters())
 
-    def gradients(self) -> list[Tensor]:
-        """Return the gradients of all adaptors, zeros where there were none."""
-        for parameter in self._adaptors.parameters():
+    def average_gradients(self) -> None:
+        """Put the mean over the processes in the place of each adaptor's gradient; all must call it."""
+        if n_processes() == 1:
+            return
+        parameters = self._adaptors.parameters()
+        for parameter in parameters:  # as many in every process, whatever its batch has reached
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return [parameter.grad for parameter in self._adaptors.parameters() if parameter.grad is not None]
+        average_([parameter.grad for parameter in parameters if parameter.grad is not None])
 
     def save(self) -> dict[str, Any]:
         """Return the adaptors as plain types and tensors."""

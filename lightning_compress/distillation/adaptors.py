@@ -20,7 +20,8 @@ class Adaptors:
         >>> from lightning_compress.distillation.features import FeatureDistillation
         >>> adaptors = Adaptors()
         >>> hint = FeatureDistillation(layers=["layer"])
-        >>> mine, theirs = adaptors.pair("hint", hint, torch.ones(2, 3), torch.ones(2, 5))
+        >>> adaptors.make("hint", hint, (2, 3), (2, 5))
+        >>> mine, theirs = adaptors.adapted("hint", torch.ones(2, 3), torch.ones(2, 5))
         >>> mine.shape, theirs.shape, [parameter.shape for parameter in adaptors.parameters()]
         (torch.Size([2, 5]), torch.Size([2, 5]), [torch.Size([5, 3])])
     """
@@ -29,20 +30,18 @@ class Adaptors:
         self._pairs: dict[str, nn.ModuleList] = {}
         self._shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
-    def pair(self, name: str, loss: Any, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what a loss compares: both features, through their adaptors.
+    def __contains__(self, name: str) -> bool:
+        """Tell whether there are adaptors for the pair of this name."""
+        return name in self._pairs
+
+    def adapted(self, name: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a loss compares: both features, through the adaptors that `make` has made.
 
         Args:
-            name: Name of the pair, the same in every run.
-            loss: The `DistillationLoss`.
+            name: Name of the pair.
             student: The student's feature, a batch.
             teacher: The teacher's.
-
-        Raises:
-            ValueError: If the two cannot be compared.
         """
-        if name not in self._pairs:
-            self.make(name, loss, student.shape, teacher.shape)
         mine, theirs = self._pairs[name]
         if isinstance(mine, nn.Identity) and isinstance(theirs, nn.Identity):
             return student, teacher
@@ -51,7 +50,17 @@ class Adaptors:
             return mine(precise(student)), theirs(precise(teacher))
 
     def make(self, name: str, loss: Any, student: Sequence[int], teacher: Sequence[int]) -> None:
-        """Make the adaptors of a pair of features of these shapes, with the same weights in every process."""
+        """Make the adaptors of a pair of features of these shapes, with the same weights in every process.
+
+        Args:
+            name: Name of the pair, the same in every run.
+            loss: The `DistillationLoss`.
+            student: Shape of the student's feature, a batch.
+            teacher: Shape of the teacher's.
+
+        Raises:
+            ValueError: If the two cannot be compared.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(len(self._pairs))
             self._pairs[name] = nn.ModuleList(loss.adaptors(tuple(student), tuple(teacher)))

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -284,10 +285,15 @@ def checksums(tensors: list[Tensor], n_samples: int) -> Tensor:
         rows = tensor.detach().reshape(n_samples, -1).contiguous()
         # No word has more than 32 bits: of longer ones, the product would lose the highest bits, such as the sign.
         words = rows.to(torch.uint8) if rows.dtype == torch.bool else rows.view(_INTEGERS[min(rows.element_size(), 4)])
-        generator = torch.Generator().manual_seed(number)
-        weights = torch.randint(1, 2**31, (words.shape[1],), generator=generator).to(words.device)
-        total += (words.to(torch.int64) * weights).sum(1).cpu()
+        total += (words.to(torch.int64) * _weights(number, words.shape[1], words.device)).sum(1).cpu()
     return total
+
+
+@lru_cache(maxsize=8)
+def _weights(number: int, n_words: int, device: torch.device) -> Tensor:
+    """Return what the words of the input of this number are multiplied by, the same in every step and run."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(1, 2**31, (n_words,), generator=generator).to(device)
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}

@@ -162,9 +162,8 @@ class OwnTeacher(FrozenTeacher):
             mine.lerp_(theirs.to(mine.device, mine.dtype), 1.0 - decay)
         for buffer, value in zip(self.network.buffers(), student.buffers(), strict=True):
             buffer.copy_(value)
-        if self._runner is not self.network and self._place is not None:
-            place, self._place = self._place, None
-            self.move_to(*place)
+        if self._runner is not self.network:  # it answers in another precision
+            self._runner.load_state_dict(self.network.state_dict())
 
     def save(self) -> dict[str, Any]:
         """Return its weights, as CPU tensors."""
