@@ -12,7 +12,7 @@ from torch import distributed
 
 from lightning_compress.callbacks.checkpoint import attach_state, attached_state
 from lightning_compress.callbacks.loaders import restore_loaders
-from lightning_compress.processes import n_processes
+from lightning_compress.processes import n_processes, rank
 
 STATE_KEY = "random"
 """Where the state lies in a checkpoint: ``checkpoint["lightning_compress"]["random"]``."""
@@ -47,8 +47,7 @@ class RandomState:
         """Set the generators as they were, if a state of as many processes was loaded."""
         states = [] if self._loaded is None else self._loaded["processes"]
         if len(states) == n_processes():
-            rank = distributed.get_rank() if len(states) > 1 else 0
-            _set_rng_states(_native(states[rank]))
+            _set_rng_states(_native(states[rank()]))
 
     def begin(self, trainer: pl.Trainer) -> None:
         """Begin a fit, in `on_train_start`; its checkpoints hold the state from now on."""

@@ -15,6 +15,8 @@ from lightning_compress.distillation.regression import Metric, check_metric, dis
 
 Adaptor = Literal["auto", "always", "never"]
 
+Channels = Literal["auto", "first", "last"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureDistillation(FeatureLoss):
@@ -28,6 +30,8 @@ class FeatureDistillation(FeatureLoss):
     Args:
         layers: Name of the student's module to that of the teacher's, see `FeatureLoss`.
         metric: ``"mse"`` or ``"cosine"``.
+        channels: Where the channels are: ``"first"``, behind the batch; ``"last"``, as in sequences ``(N, L, C)``; or
+            ``"auto"``, which is last where it is there alone that the two features differ.
         adaptor: ``"auto"`` where channels differ, ``"always"``, or ``"never"``.
         weight: Factor in front of the term, at least 0.
 
@@ -43,27 +47,39 @@ class FeatureDistillation(FeatureLoss):
 
     metric: Metric = "mse"
     adaptor: Adaptor = "auto"
+    channels: Channels = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_metric(self.metric)
         if self.adaptor not in get_args(Adaptor):
             raise ValueError(f"`adaptor` must be one of {', '.join(get_args(Adaptor))}, got {self.adaptor!r}.")
+        if self.channels not in get_args(Channels):
+            raise ValueError(f"`channels` must be one of {', '.join(get_args(Channels))}, got {self.channels!r}.")
         if not self.pairs:
             raise ValueError('`FeatureDistillation` needs `layers`, such as {"layer3": "layer4"}.')
 
     @override
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the distance of two features of as many channels."""
-        dim = channel_dim(student.shape, teacher.shape)
+        dim = self._dim(student.shape, teacher.shape)
         return distance(*same_size(student, teacher, dim), self.metric, dim)
 
     @override
     def adaptors(self, student: Sequence[int], teacher: Sequence[int]) -> tuple[nn.Module, nn.Module]:
-        dim = channel_dim(student, teacher)
+        dim = self._dim(student, teacher)
+        if self.metric == "cosine" and self.channels == "auto" and dim > 1:
+            raise ValueError(
+                f"Features of the shapes {tuple(student)} and {tuple(teacher)} have their channels last, and behind "
+                'the adaptor that cannot be told any more. Say so for the cosine: `channels="last"`.'
+            )
         if self.adaptor == "never" or (self.adaptor == "auto" and student[dim] == teacher[dim]):
             return nn.Identity(), nn.Identity()
         return channel_map(student, teacher, dim), nn.Identity()
+
+    def _dim(self, student: Sequence[int], teacher: Sequence[int]) -> int:
+        found = channel_dim(student, teacher)
+        return {"auto": found, "first": 1, "last": len(student) - 1}[self.channels]
 
 
 def channel_dim(student: Sequence[int], teacher: Sequence[int]) -> int:

@@ -195,3 +195,15 @@ def test_functions_are_told_apart_by_what_they_do() -> None:
     assert len(set(identities)) == len(functions)
     assert identity_of_function(resized(2)) == identity_of_function(resized(2))
     assert not any("0x" in identity for identity in identities)
+
+
+def test_an_average_that_answers_in_another_precision_answers_with_its_newest_weights() -> None:
+    student, x = nn.Linear(4, 3), torch.randn(5, 4)
+    teacher = OwnTeacher(decay=0.0)
+    teacher.begin(copy.deepcopy(student))
+    teacher.move_to(torch.device("cpu"), torch.bfloat16)
+    nn.init.constant_(student.weight, 2.0)
+    teacher.follow(student)
+    found = teacher.answer([x.bfloat16()], {}, identity).output
+    assert found is not None
+    assert torch.equal(found, copy.deepcopy(student).bfloat16()(x.bfloat16()))

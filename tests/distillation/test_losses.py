@@ -340,3 +340,18 @@ def test_outputs_that_cannot_be_compared_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         loss(torch.randn(student), torch.randn(teacher), labels)
+
+
+def test_channels_of_sequences_are_last_where_that_is_said() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 5, 4), torch.randn(3, 5, 4)
+    hint = FeatureDistillation(layers=["a"], metric="cosine", channels="last", adaptor="always")
+    assert str(hint.adaptors(student.shape, teacher.shape)[0]) == "Linear(in_features=4, out_features=4, bias=False)"
+    expected = slow_cosine(student.flatten(0, 1), teacher.flatten(0, 1), torch.zeros(0))
+    torch.testing.assert_close(hint(student, teacher), expected)
+    first = FeatureDistillation(layers=["a"], metric="cosine", channels="first")
+    torch.testing.assert_close(first(student, teacher), slow_cosine(student, teacher, torch.zeros(0)))
+    with pytest.raises(ValueError, match=r'have their channels last, .* Say so for the cosine: `channels="last"`'):
+        FeatureDistillation(layers=["a"], metric="cosine").adaptors((3, 5, 4), (3, 5, 8))
+    with pytest.raises(ValueError, match="`channels` must be one of auto, first, last, got 'other'"):
+        FeatureDistillation(layers=["a"], channels=ANY)
