@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
+
+from lightning_compress.pruning.channels.narrowing import narrow_
+from lightning_compress.pruning.channels.places import ChannelGroup, Member, removed_places
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Residual(nn.Module):
@@ -209,3 +217,16 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
         return self.head(self.attention(x, x, x, need_weights=False)[0])  # type: ignore[no-any-return]
+
+
+def with_two_of_four_heads(attention: ModuleT) -> tuple[ModuleT, ModuleT]:
+    """Give an attention module random weights; return it with the heads 1 and 3 masked, and without them."""
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    masked, small = copy.deepcopy(attention), copy.deepcopy(attention)
+    holder = nn.ModuleDict({"attention": masked})
+    group = ChannelGroup("attention", 4, (Member("attention", "heads", torch.arange(4), torch.arange(4)),))
+    for place in removed_places(holder, [group], [torch.tensor([True, False, True, False])]):
+        place.clear_(holder.get_parameter(place.parameter))
+    narrow_(nn.ModuleDict({"attention": small}), {"attention": {"heads": [0, 2]}})
+    return masked, small

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_compress.errors import CompressionError
 from lightning_compress.pruning.channels.groups import find_channel_groups
 from lightning_compress.pruning.channels.narrowing import narrow_
-from lightning_compress.pruning.channels.places import ChannelGroup, Member, record_of, removed_places
+from lightning_compress.pruning.channels.places import ChannelGroup, record_of, removed_places
 from tests.pruning.channels import networks
 
 IMAGES = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -69,14 +69,7 @@ def test_heads_are_units_of_their_own_and_what_reads_them_makes_channels() -> No
 def test_attention_without_some_heads_computes_what_it_computes_with_zeros_there(batch_first: bool) -> None:
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(8, 4, batch_first=batch_first).eval()
-    for parameter in attention.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    masked, small = copy.deepcopy(attention), copy.deepcopy(attention)
-    holder = nn.ModuleDict({"attention": masked})
-    group = ChannelGroup("attention", 4, (Member("attention", "heads", torch.arange(4), torch.arange(4)),))
-    for place in removed_places(holder, [group], [torch.tensor([True, False, True, False])]):
-        place.clear_(holder.get_parameter(place.parameter))
-    narrow_(nn.ModuleDict({"attention": small}), {"attention": {"heads": [0, 2]}})
+    masked, small = networks.with_two_of_four_heads(attention)
     x, mask = torch.randn(3, 5, 8), torch.randn(5, 5) if batch_first else torch.randn(3, 3)
     expected, weights = masked(x, x, x, attn_mask=mask, average_attn_weights=False)
     result, fewer = small(x, x, x, attn_mask=mask, average_attn_weights=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import lightning as L
@@ -19,9 +18,8 @@ from torchvision.models.swin_transformer import (
 
 from lightning_compress import ChannelPruning, OnnxExport, QuantizationAwareTraining, rebuild, shrink
 from lightning_compress.graph import window_attention
-from lightning_compress.pruning.channels.narrowing import narrow_
-from lightning_compress.pruning.channels.places import ChannelGroup, Member, removed_places
 from tests.compatibility.runs import LIGHTNING_NOISE, assert_ships
+from tests.pruning.channels.networks import with_two_of_four_heads
 from tests.training import quiet_trainer
 from tests.user_modules import Images, LayersOnSelf, loader
 
@@ -70,14 +68,7 @@ def test_window_attention_without_some_heads_computes_what_it_computes_with_zero
 ) -> None:
     torch.manual_seed(0)
     attention = version(16, [4, 4], [2, 2], 4).eval()
-    for parameter in attention.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    masked, small = copy.deepcopy(attention), copy.deepcopy(attention)
-    holder = nn.ModuleDict({"attention": masked})
-    group = ChannelGroup("attention", 4, (Member("attention", "heads", torch.arange(4), torch.arange(4)),))
-    for place in removed_places(holder, [group], [torch.tensor([True, False, True, False])]):
-        place.clear_(holder.get_parameter(place.parameter))
-    narrow_(nn.ModuleDict({"attention": small}), {"attention": {"heads": [0, 2]}})
+    masked, small = with_two_of_four_heads(attention)
     x = torch.randn(2, 8, 8, 16)
     assert torch.allclose(small(x), masked(x), atol=1e-6)
     assert (small.qkv.out_features, small.proj.in_features, small.num_heads) == (24, 8, 2)
