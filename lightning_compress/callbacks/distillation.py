@@ -19,6 +19,7 @@ from lightning_compress.callbacks.checkpoint import attach_state, attached_state
 from lightning_compress.callbacks.clock import completed_steps, total_steps
 from lightning_compress.callbacks.distilled_methods import WRAPPERS, Wrapper, take_off_silent_wrappers
 from lightning_compress.callbacks.forward_tap import ForwardCall, ForwardTap
+from lightning_compress.callbacks.kept_answers import KeptAnswers
 from lightning_compress.callbacks.learned_adaptors import STATE_KEY, LearnedAdaptors, first_optimizer
 from lightning_compress.callbacks.random_state import RandomState, attach_random_state
 from lightning_compress.callbacks.stripping import strip
@@ -27,10 +28,8 @@ from lightning_compress.copying import copy_of
 from lightning_compress.distillation import (
     Annealing,
     Answer,
-    CachedAnswers,
     DistillationLoss,
     IndexedBatch,
-    IndexedDataset,
     LogitDistillation,
     Network,
     OutputSelector,
@@ -39,8 +38,6 @@ from lightning_compress.distillation import (
     TeacherEnsemble,
     as_teachers,
     check_selector,
-    checksums,
-    identity_of_function,
     number,
     output_shapes,
     paired_names,
@@ -49,7 +46,6 @@ from lightning_compress.distillation import (
     split_name,
 )
 from lightning_compress.errors import CompressionError
-from lightning_compress.processes import wait_for_all
 from lightning_compress.settings import plain
 
 
@@ -127,11 +123,7 @@ class KnowledgeDistillation(Callback):
         check_selector(labels, "labels")
         self.losses = _checked_losses(losses, *plain((temperature, weight)))
         self._teacher = TeacherEnsemble(as_teachers(teacher, teacher_checkpoint))
-        self._cache = cache if isinstance(cache, TeacherCache) or cache is None else TeacherCache(cache)
-        self._answers: CachedAnswers | None = None
-        if self._cache is not None:
-            _check_can_be_kept(self.losses, self._cache)
-            self._teacher.identity()  # raises where answers may change
+        self._kept = KeptAnswers(cache, self._teacher, self.losses)
         self._output = output
         self._labels = labels
         self._task_loss = task_loss
@@ -169,7 +161,7 @@ class KnowledgeDistillation(Callback):
         self._teacher.check_apart_from(pl_module)
         self._teacher.freeze()
         self._saw_manual_backward = self._was_added = False
-        self._answers = None
+        self._kept.close()
         self._wrappers = [wrapper(self, pl_module) for wrapper in WRAPPERS]
         for wrapper in self._wrappers:
             setattr(pl_module, wrapper.method, wrapper)
@@ -209,7 +201,8 @@ class KnowledgeDistillation(Callback):
         """Let random numbers go on where a checkpoint left them."""
         self._random.begin(trainer)
         self._total_steps, self._last_step = None, completed_steps(trainer)
-        self._open_cache(trainer)
+        layers = sorted({theirs for pairs in self._pairs for theirs in pairs.values()})
+        self._kept.open(trainer.train_dataloader, self._output if self._reads_output else False, layers)
         if self._last_step == 0:  # a new run begins with the student as it is now
             for teacher in self._teacher.own:
                 teacher.forget()
@@ -369,7 +362,8 @@ class KnowledgeDistillation(Callback):
         self, pl_module: pl.LightningModule, call: ForwardCall, losses: Sequence[DistillationLoss]
     ) -> list[Tensor]:
         """Return the term of each loss, without its weight, for one call of the network."""
-        answer = self._answer(pl_module, call)
+        select = self._teacher_logits if self._reads_output else None
+        answer = self._kept.answer(call, self._index, select, pl_module.device)
         student = select_logits(call.output, self._output, "student") if self._reads_output else None
         # Autocast would take the matrix products of the losses back to half precision.
         with torch.autocast(pl_module.device.type, enabled=False):
@@ -418,48 +412,6 @@ class KnowledgeDistillation(Callback):
         args, kwargs = tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
         self._batch = args[0] if args else next(iter(kwargs.values()), None)
         return args, kwargs
-
-    def _open_cache(self, trainer: pl.Trainer) -> None:
-        """Open the cache for the data of this run."""
-        if self._cache is None:
-            return
-        dataset = _indexed_dataset(trainer.train_dataloader)
-        if dataset is None:
-            raise CompressionError(
-                "`cache` keeps the teacher's answers by the number of the sample, which the training data do not tell. "
-                "Wrap them: `DataLoader(IndexedDataset(dataset), ...)`."
-            )
-        dataset.check_repeats()
-        identity = {
-            "teachers": self._teacher.identity(),
-            "views": dataset.views,
-            "output": identity_of_function(self._output) if callable(self._output) else repr(self._output),
-            "layers": sorted({theirs for pairs in self._pairs for theirs in pairs.values()}),
-            "reads_output": self._reads_output,
-        }
-        self._answers = CachedAnswers(self._cache.folder, dataset.n_entries, identity, self._cache.top_k)
-        wait_for_all()  # all have seen whether there is one before any of them makes one
-
-    def _answer(self, pl_module: pl.LightningModule, call: ForwardCall) -> Answer:
-        """Return what the teacher says of a call, or has said before."""
-        select = self._teacher_logits if self._reads_output else None
-        if self._answers is None:
-            return self._teacher.answer(call.args, call.kwargs, select)
-        if self._index is None:
-            raise CompressionError(
-                "A training batch came without the numbers of its samples, by which `cache` keeps the teacher's "
-                "answers. Wrap every training data set: `IndexedDataset(dataset)`; with a collate function of your own "
-                "use `collate_fn=partial(collate_indexed, collate=mine)`."
-            )
-        tensors = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
-        sums = checksums(tensors, len(self._index))
-        found = self._answers.get(self._index, sums)
-        if found is None:
-            self._answers.put(self._index, sums, self._teacher.answer(call.args, call.kwargs, select))
-            found = self._answers.get(self._index, sums)  # what a later run will read
-        assert found is not None
-        output = None if found.output is None else found.output.to(pl_module.device)
-        return Answer(output, {k: [v.to(pl_module.device) for v in values] for k, values in found.features.items()})
 
     def _not_comparable(
         self,
@@ -563,26 +515,6 @@ def _checked_losses(
         if not isinstance(loss, DistillationLoss):
             raise TypeError(f"`losses` must hold distillation losses, got {type(loss).__name__}.")
     return tuple(losses)
-
-
-def _check_can_be_kept(losses: Sequence[DistillationLoss], cache: TeacherCache) -> None:
-    for loss in losses:
-        if cache.top_k is not None and not loss.pairs and not loss.needs_probabilities_alone:
-            raise ValueError(
-                f"`top_k` keeps the largest probabilities alone, and `{type(loss).__name__}` compares all logits as "
-                "they are. Leave `top_k` out."
-            )
-
-
-def _indexed_dataset(loaders: Any) -> IndexedDataset | None:
-    """Return the indexed data set that a loader, or one of several, draws from."""
-    for loader in pytree.tree_leaves(loaders):
-        found = getattr(loader, "dataset", None)
-        while found is not None and not isinstance(found, IndexedDataset):
-            found = getattr(found, "dataset", None)
-        if found is not None:
-            return found
-    return None
 
 
 def _unique_names(losses: Sequence[DistillationLoss]) -> list[str]:

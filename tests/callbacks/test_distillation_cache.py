@@ -93,25 +93,25 @@ def test_keywords_subsets_and_collate_functions_of_your_own(tmp_path: Path) -> N
     )
     callback = KnowledgeDistillation(seeded(Scaled, seed=1), cache=tmp_path / "cache")
     trainer(tmp_path, callback, max_epochs=2).fit(seeded(KeywordStudent), data)
-    assert callback._answers is not None
-    assert callback._answers.n_done == 16
-    assert callback._answers.n_entries == 32
+    assert callback._kept.answers is not None
+    assert callback._kept.answers.n_done == 16
+    assert callback._kept.answers.n_entries == 32
 
 
 def test_views_have_entries_of_their_own(tmp_path: Path) -> None:
     callback = KnowledgeDistillation(seeded(Teacher, seed=1), cache=tmp_path / "cache")
     trainer(tmp_path, callback, max_epochs=8).fit(seeded(Student), indexed(views=2))
-    assert callback._answers is not None
-    assert callback._answers.n_entries == 64
-    assert 48 < callback._answers.n_done <= 64
+    assert callback._kept.answers is not None
+    assert callback._kept.answers.n_entries == 64
+    assert 48 < callback._kept.answers.n_done <= 64
 
 
 def test_a_file_teaches_and_is_kept_too(tmp_path: Path) -> None:
     export_onnx(seeded(Teacher, seed=1).eval(), torch.randn(2, N_FEATURES), tmp_path / "teacher.onnx")
     callback = KnowledgeDistillation(tmp_path / "teacher.onnx", cache=TeacherCache(tmp_path / "cache", top_k=1))
     trainer(tmp_path, callback).fit(seeded(Student), indexed())
-    assert callback._answers is not None
-    assert callback._answers.n_done == 32
+    assert callback._kept.answers is not None
+    assert callback._kept.answers.n_done == 32
 
 
 def test_batches_with_numbers_reach_the_step_without_them_where_there_is_no_cache(tmp_path: Path) -> None:
@@ -130,8 +130,8 @@ def test_two_processes_fill_one_cache(tmp_path: Path) -> None:
         trainer(tmp_path, callback).fit(student, indexed())  # another class
     callback = KnowledgeDistillation(seeded(Teacher, seed=1), losses=LOSSES, cache=tmp_path / "cache")
     trainer(tmp_path, callback).fit(student, indexed())
-    assert callback._answers is not None
-    assert callback._answers.n_done == 32
+    assert callback._kept.answers is not None
+    assert callback._kept.answers.n_done == 32
 
 
 class Noisy(Student):

@@ -15,7 +15,15 @@ import torch
 import yaml
 
 from examples import cli
-from lightning_compress import KnowledgeDistillation, MagnitudePruning, OnnxExport, QuantizationAwareTraining
+from lightning_compress import (
+    Annealing,
+    FeatureDistillation,
+    KnowledgeDistillation,
+    LogitDistillation,
+    MagnitudePruning,
+    OnnxExport,
+    QuantizationAwareTraining,
+)
 from tests.compatibility.runs import LIGHTNING_NOISE
 from tests.compatibility.table import works
 
@@ -77,6 +85,37 @@ def test_the_recipe_with_everything_runs_as_a_program(tmp_path: Path) -> None:
     assert "teacher: epoch 1/1" in done.stdout
     assert "sparsity                  80.0 %" in done.stdout
     assert int8_kernels(tmp_path / "demo_output" / "all" / "model.onnx") == 9
+
+
+@works(
+    "LightningCLI",
+    "lists of losses by class path, weights that change over the run",
+    "the student as its own teacher too",
+)
+def test_losses_and_teachers_are_given_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = yaml.safe_load(small("distill", tmp_path).read_text())
+    (distillation,) = (item for item in config["trainer"]["callbacks"] if "Distillation" in item["class_path"])
+    distillation["init_args"] = {
+        "teacher": "self",
+        "losses": [
+            {
+                "class_path": "lightning_compress.LogitDistillation",
+                "init_args": {"temperature": 2.0, "weight": {"initial": 0.0, "final": 0.7, "end": 0.5}},
+            },
+            {"class_path": "lightning_compress.FeatureDistillation", "init_args": {"layers": ["network.blocks.2"]}},
+        ],
+    }
+    path = tmp_path / "losses.yaml"
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    seen: list[KnowledgeDistillation] = []
+    monkeypatch.setattr(KnowledgeDistillation, "on_fit_end", lambda self, *_: seen.append(self), raising=False)
+    run(monkeypatch, "fit", "-c", str(path))
+    assert seen[0].losses == (
+        LogitDistillation(temperature=2.0, weight=Annealing(0.0, 0.7, end=0.5)),
+        FeatureDistillation(layers=["network.blocks.2"]),
+    )
+    assert (tmp_path / "demo_output" / "distill" / "model.onnx").exists()
 
 
 def test_the_recipes_are_those_of_the_readme() -> None:

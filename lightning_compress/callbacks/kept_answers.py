@@ -1,0 +1,138 @@
+"""The teacher's answers during a fit: asked for, or read where they were kept before."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_compress.callbacks.forward_tap import ForwardCall
+from lightning_compress.distillation import (
+    Answer,
+    CachedAnswers,
+    DistillationLoss,
+    IndexedDataset,
+    TeacherCache,
+    TeacherEnsemble,
+    checksums,
+    identity_of_function,
+)
+from lightning_compress.errors import CompressionError
+from lightning_compress.processes import wait_for_all
+
+
+class KeptAnswers:
+    """What a teacher says of the calls of a fit, out of a cache where there is one.
+
+    Args:
+        cache: Where answers are kept, or None to ask the teacher every time.
+        teacher: The teacher.
+        losses: What reads its answers.
+
+    Raises:
+        ValueError: If the teacher may say something else later, or a loss needs more than is kept.
+    """
+
+    def __init__(
+        self,
+        cache: TeacherCache | str | os.PathLike[str] | None,
+        teacher: TeacherEnsemble,
+        losses: Sequence[DistillationLoss],
+    ) -> None:
+        self._cache = cache if isinstance(cache, TeacherCache) or cache is None else TeacherCache(cache)
+        self._teacher = teacher
+        self.answers: CachedAnswers | None = None
+        if self._cache is None:
+            return
+        teacher.identity()  # raises where answers may change
+        for loss in losses:
+            if self._cache.top_k is not None and not loss.pairs and not loss.needs_probabilities_alone:
+                raise ValueError(
+                    f"`top_k` keeps the largest probabilities alone, and `{type(loss).__name__}` compares all logits "
+                    "as they are. Leave `top_k` out."
+                )
+
+    def open(self, loaders: Any, output: Any, layers: Sequence[str]) -> None:
+        """Open the cache for the data of a run; all processes must call it.
+
+        Args:
+            loaders: The training loader, or any nesting of several.
+            output: How the output is selected, or False where no loss reads it.
+            layers: Names of the teacher's modules that are kept too.
+
+        Raises:
+            CompressionError: If the data do not tell the numbers of their samples, or the cache is that of others.
+            ValueError: If a sample differs between two reads.
+        """
+        if self._cache is None:
+            return
+        dataset = _indexed_dataset(loaders)
+        if dataset is None:
+            raise CompressionError(
+                "`cache` keeps the teacher's answers by the number of the sample, which the training data do not tell. "
+                "Wrap them: `DataLoader(IndexedDataset(dataset), ...)`."
+            )
+        dataset.check_repeats()
+        identity = {
+            "teachers": self._teacher.identity(),
+            "views": dataset.views,
+            "output": identity_of_function(output) if callable(output) else repr(output),
+            "layers": list(layers),
+        }
+        self.answers = CachedAnswers(self._cache.folder, dataset.n_entries, identity, self._cache.top_k)
+        wait_for_all()  # all have seen whether there is one before any of them makes one
+
+    def close(self) -> None:
+        """Ask the teacher until `open`."""
+        self.answers = None
+
+    def answer(
+        self,
+        call: ForwardCall,
+        index: Tensor | None,
+        select: Callable[[Any], Tensor] | None,
+        device: torch.device,
+    ) -> Answer:
+        """Return what the teacher says of a call, or has said before.
+
+        Args:
+            call: A call of the student's network.
+            index: Numbers of the batch's samples, or None where the batch does not tell.
+            select: Takes the logits out of the teacher's output; None where no loss reads them.
+            device: Where the answer is wanted.
+
+        Raises:
+            CompressionError: If there is a cache and no ``index``, or the cache cannot be used.
+        """
+        if self.answers is None:
+            return self._teacher.answer(call.args, call.kwargs, select)
+        if index is None:
+            raise CompressionError(
+                "A training batch came without the numbers of its samples, by which `cache` keeps the teacher's "
+                "answers. Wrap every training data set: `IndexedDataset(dataset)`; with a collate function of your own "
+                "use `collate_fn=partial(collate_indexed, collate=mine)`."
+            )
+        tensors = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+        sums = checksums(tensors, len(index))
+        found = self.answers.get(index, sums)
+        if found is None:
+            self.answers.put(index, sums, self._teacher.answer(call.args, call.kwargs, select))
+            found = self.answers.get(index, sums)  # what a later run will read
+        assert found is not None
+        output = None if found.output is None else found.output.to(device)
+        return Answer(output, {name: [v.to(device) for v in values] for name, values in found.features.items()})
+
+
+def _indexed_dataset(loaders: Any) -> IndexedDataset | None:
+    """Return the indexed data set that a loader, or one of several, draws from."""
+    for loader in pytree.tree_leaves(loaders):
+        found = getattr(loader, "dataset", None)
+        while found is not None and not isinstance(found, IndexedDataset):
+            found = getattr(found, "dataset", None)
+        if found is not None:
+            return found
+    return None
