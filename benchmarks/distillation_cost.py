@@ -67,7 +67,6 @@ class Turns(KnowledgeDistillation):
     ) -> Any:
         if self.is_on:
             return super().training_step(pl_module, user_step, args, kwargs)
-        args, kwargs = self._without_index(args, kwargs)
         return user_step(*args, **kwargs)
 
 
@@ -94,9 +93,8 @@ class Clock(L.Callback):
             return
         self.steps[self.distillation.is_on].append(seconds)
         if not self.distillation.is_on:
-            images = batch.batch[0] if hasattr(batch, "batch") else batch[0]
             started = time.perf_counter()
-            self.distillation._teacher.answer((images,), {}, lambda logits: logits)
+            self.distillation._teacher.answer((batch[0],), {}, lambda logits: logits)
             self.teacher.append(time.perf_counter() - started)
 
 

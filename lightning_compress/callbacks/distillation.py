@@ -11,13 +11,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_compress.callbacks.checkpoint import attach_state, attached_state
 from lightning_compress.callbacks.clock import completed_steps, total_steps
-from lightning_compress.callbacks.distilled_methods import WRAPPERS, Wrapper, take_off_silent_wrappers
+from lightning_compress.callbacks.distilled_methods import Wrapper, join_methods, leave_methods
 from lightning_compress.callbacks.forward_tap import ForwardCall, ForwardTap
 from lightning_compress.callbacks.kept_answers import KeptAnswers
 from lightning_compress.callbacks.learned_adaptors import STATE_KEY, LearnedAdaptors, first_optimizer
@@ -29,7 +29,6 @@ from lightning_compress.distillation import (
     Annealing,
     Answer,
     DistillationLoss,
-    IndexedBatch,
     LogitDistillation,
     Network,
     OutputSelector,
@@ -44,6 +43,7 @@ from lightning_compress.distillation import (
     select_labels,
     select_logits,
     split_name,
+    without_numbers,
 )
 from lightning_compress.errors import CompressionError
 from lightning_compress.settings import plain
@@ -87,8 +87,8 @@ class KnowledgeDistillation(Callback):
         teacher_checkpoint: A file with the teacher's weights, of a Trainer or of `torch.save`, to be loaded into
             ``teacher`` first; also where the teacher was a part of the module that was saved.
         cache: A folder, or a `TeacherCache`, in which the teacher's answers are kept by the number of the sample, so
-            that it runs in the first epoch alone, and not at all in later runs. The training data must be an
-            `IndexedDataset`.
+            that it runs in the first epoch alone, and not at all in later runs or after `fill_cache`. The training data
+            must be an `IndexedDataset`.
 
     Raises:
         CompressionError: If ``teacher_checkpoint`` does not hold the teacher's weights.
@@ -162,9 +162,7 @@ class KnowledgeDistillation(Callback):
         self._teacher.freeze()
         self._saw_manual_backward = self._was_added = False
         self._kept.close()
-        self._wrappers = [wrapper(self, pl_module) for wrapper in WRAPPERS]
-        for wrapper in self._wrappers:
-            setattr(pl_module, wrapper.method, wrapper)
+        self._wrappers = join_methods(self, trainer, pl_module)
         if not has_late_layers(pl_module):  # else only `on_fit_start` can tell
             self._pair_modules(pl_module)
 
@@ -201,11 +199,66 @@ class KnowledgeDistillation(Callback):
         """Let random numbers go on where a checkpoint left them."""
         self._random.begin(trainer)
         self._total_steps, self._last_step = None, completed_steps(trainer)
-        layers = sorted({theirs for pairs in self._pairs for theirs in pairs.values()})
-        self._kept.open(trainer.train_dataloader, self._output if self._reads_output else False, layers)
+        self._open_cache(trainer.train_dataloader)
         if self._last_step == 0:  # a new run begins with the student as it is now
             for teacher in self._teacher.own:
                 teacher.forget()
+
+    def _open_cache(self, loaders: Any) -> None:
+        layers = sorted({theirs for pairs in self._pairs for theirs in pairs.values()})
+        self._kept.open(loaders, self._output if self._reads_output else False, layers)
+
+    def fill_cache(
+        self,
+        pl_module: pl.LightningModule,
+        loader: DataLoader[Any],
+        *,
+        inputs: Callable[[Any], Any] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> int:
+        """Ask the teacher of all samples before a fit, which then never has to ask it.
+
+        What the network gets in the fit must be what it gets here: no augmentation in between. With views, every view
+        is asked of. An interrupted call goes on where it ended.
+
+        Args:
+            pl_module: The module that will be trained.
+            loader: A loader over the training data, an `IndexedDataset`, whose batch size, workers and collate function
+                are taken over.
+            inputs: Takes the arguments of the network out of a batch: a tensor, a tuple, or a dict of keywords. By
+                default the batch itself, or the first entry of a tuple or list.
+            device: Where the teacher runs.
+
+        Returns:
+            How many entries the cache has now.
+
+        Raises:
+            ValueError: If there is no ``cache``.
+            CompressionError: If the data do not tell the numbers of their samples, or the cache is that of others.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> from lightning.pytorch.demos.boring_classes import BoringModel
+            >>> from torch import nn
+            >>> from lightning_compress import IndexedDataset
+            >>> loader = DataLoader(IndexedDataset([torch.zeros(32), torch.ones(32)]), batch_size=2)
+            >>> with TemporaryDirectory() as folder:
+            ...     callback = KnowledgeDistillation(nn.Linear(32, 2), cache=folder)
+            ...     callback.fill_cache(BoringModel(), loader)
+            2
+        """
+        if not self._kept.has_cache:
+            raise ValueError("There is no cache to fill: give `cache` a folder.")
+        device = torch.device(device)
+        self._teacher.freeze()
+        try:
+            self._pair_modules(pl_module)
+            self._open_cache(loader)
+            self._teacher.move_to(device, _dtype_of(pl_module))
+            return self._kept.fill(loader, inputs, self._teacher_logits if self._reads_output else None, device)
+        finally:
+            self._kept.close()
+            self._teacher.release()
 
     @override
     def on_train_batch_end(
@@ -219,12 +272,12 @@ class KnowledgeDistillation(Callback):
         self._last_step = step
 
     @override
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Average the gradients of the adaptors, which DDP does not know of, over the processes."""
-        if first_optimizer(optimizer) is first_optimizer(trainer.optimizers):
-            self._learned.average_gradients()
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Average the gradients of the adaptors, which DDP does not know of, over the processes.
+
+        Before a gradient scaler looks at them: all processes must find the same infinite ones.
+        """
+        self._learned.average_gradients()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -267,7 +320,7 @@ class KnowledgeDistillation(Callback):
         # The tuner replaces the callbacks for a while: the first step may come before `on_fit_start`.
         tap = self._listen_to(pl_module)
         self._n_used_calls = 0
-        args, kwargs = self._without_index(args, kwargs)
+        self._batch = args[0] if args else next(iter(kwargs.values()), None)
         steps_before = pl_module.trainer.global_step
         with tap.recording():
             output = user_step(*args, **kwargs)
@@ -363,7 +416,7 @@ class KnowledgeDistillation(Callback):
     ) -> list[Tensor]:
         """Return the term of each loss, without its weight, for one call of the network."""
         select = self._teacher_logits if self._reads_output else None
-        answer = self._kept.answer(call, self._index, select, pl_module.device)
+        answer = self._kept.answer(call.args, call.kwargs, self._index, select, pl_module.device)
         student = select_logits(call.output, self._output, "student") if self._reads_output else None
         # Autocast would take the matrix products of the losses back to half precision.
         with torch.autocast(pl_module.device.type, enabled=False):
@@ -399,19 +452,19 @@ class KnowledgeDistillation(Callback):
             terms.append(torch.stack(values).mean())
         return terms
 
-    def _without_index(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of the step with the user's own batch, and keep it and the numbers of its samples."""
+    def without_numbers(self, args: tuple[Any, ...], is_training: bool) -> tuple[Any, ...]:
+        """Return the arguments of a hook with the user's own batch, before any hook of the user's has seen it.
 
-        def own(value: Any) -> Any:
-            if isinstance(value, IndexedBatch):
-                self._index = value.index
-                return value.batch
-            return value
-
-        self._index = None
-        args, kwargs = tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
-        self._batch = args[0] if args else next(iter(kwargs.values()), None)
-        return args, kwargs
+        Args:
+            args: Arguments whose first is the batch.
+            is_training: Whether the next step is a training step, which needs the numbers of its samples.
+        """
+        if not args:
+            return args
+        batch, index = without_numbers(args[0])
+        if is_training:
+            self._index = index
+        return batch, *args[1:]
 
     def _not_comparable(
         self,
@@ -469,9 +522,7 @@ class KnowledgeDistillation(Callback):
 
     def _release(self, pl_module: pl.LightningModule) -> None:
         self._stop_listening()
-        for wrapper in self._wrappers:
-            wrapper.owner = None
-            take_off_silent_wrappers(pl_module, wrapper.method)
+        leave_methods(self._wrappers)
         self._wrappers = []
         self._batch = self._index = None
         self._teacher.release()

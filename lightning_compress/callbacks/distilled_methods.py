@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks.distillation import KnowledgeDistillation
 
 
+Host = pl.LightningModule | pl.LightningDataModule
+
+
 class Wrapper(ABC):
     """Stands in for a bound method of the user's; copies and pickles hold the user's method instead.
 
-    Lightning reads the signature of ``training_step`` through ``__wrapped__``.
+    Lightning reads the signature of ``training_step``, and whether a hook is the user's, through ``__wrapped__``.
+
+    Args:
+        owner: The callback that joins the method.
+        host: Whose method it is.
+        pl_module: The module that is trained.
     """
 
     method: str
 
-    def __init__(self, owner: KnowledgeDistillation, pl_module: pl.LightningModule) -> None:
+    def __init__(self, owner: KnowledgeDistillation, host: Host, pl_module: pl.LightningModule) -> None:
         self.owner: KnowledgeDistillation | None = owner
+        self.host = host
         self.pl_module = pl_module
-        self.original: Callable[..., Any] = getattr(pl_module, self.method)
-        self.replaced = pl_module.__dict__.get(self.method)  # None: the class's method
+        self.original: Callable[..., Any] = getattr(host, self.method)
+        self.replaced = host.__dict__.get(self.method)  # None: the class's method
         functools.update_wrapper(self, self.original, updated=())
         # Lightning unwraps once only: a decorated step must look as it looked without us.
         self.__wrapped__ = getattr(self.original, "__wrapped__", self.original)
@@ -69,7 +79,43 @@ class _DistilledBackward(Wrapper):
         return owner.manual_backward(self.pl_module, self.original, *args, **kwargs)
 
 
-WRAPPERS = (_DistilledStep, _DistilledBackward, _DistilledOptimizers)
+class _UnnumberedBatch(Wrapper):
+    method = "on_before_batch_transfer"
+
+    @override
+    def call_with(self, owner: KnowledgeDistillation, *args: Any, **kwargs: Any) -> Any:
+        return self.original(*owner.without_numbers(args, self.pl_module.trainer.training), **kwargs)
+
+
+_OF_MODULES = (_DistilledStep, _DistilledBackward, _DistilledOptimizers)
+
+
+def join_methods(owner: KnowledgeDistillation, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Wrapper]:
+    """Put a wrapper in the place of every method that distillation joins.
+
+    Args:
+        owner: The callback.
+        trainer: The Trainer of the fit.
+        pl_module: The module that is trained.
+
+    Returns:
+        The wrappers, to be given to `leave_methods`.
+    """
+    data: pl.LightningDataModule | None = getattr(trainer, "datamodule", None)
+    # As Lightning chooses whose hook it calls.
+    host = data if data is not None and is_overridden(_UnnumberedBatch.method, data) else pl_module
+    wrappers: list[Wrapper] = [wrapper(owner, pl_module, pl_module) for wrapper in _OF_MODULES]
+    wrappers.append(_UnnumberedBatch(owner, host, pl_module))
+    for wrapper in wrappers:
+        setattr(wrapper.host, wrapper.method, wrapper)
+    return wrappers
+
+
+def leave_methods(wrappers: Sequence[Wrapper]) -> None:
+    """Give the user's methods back; a wrapper that others have wrapped stays, and passes through."""
+    for wrapper in wrappers:
+        wrapper.owner = None
+        _take_off_silent_wrappers(wrapper.host, wrapper.method)
 
 
 def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,16 +133,15 @@ def uncover_own_methods(pl_module: pl.LightningModule) -> None:
         >>> "training_step" in vars(model)
         False
     """
-    for kind in WRAPPERS:
+    for kind in (*_OF_MODULES, _UnnumberedBatch):
         found = vars(pl_module).get(kind.method)
         if found is not None and found == getattr(type(pl_module), kind.method).__get__(pl_module):
             delattr(pl_module, kind.method)
 
 
-def take_off_silent_wrappers(pl_module: pl.LightningModule, method: str) -> None:
-    """Uncover the method beneath wrappers without an owner; one that others have wrapped stays, and passes through."""
-    while isinstance(top := pl_module.__dict__.get(method), Wrapper) and top.owner is None:
+def _take_off_silent_wrappers(host: Host, method: str) -> None:
+    while isinstance(top := host.__dict__.get(method), Wrapper) and top.owner is None:
         if top.replaced is None:
-            delattr(pl_module, method)
+            delattr(host, method)
         else:
-            setattr(pl_module, method, top.replaced)
+            setattr(host, method, top.replaced)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
-from lightning_compress.callbacks.forward_tap import ForwardCall
 from lightning_compress.distillation import (
     Answer,
     CachedAnswers,
@@ -20,6 +21,7 @@ from lightning_compress.distillation import (
     TeacherEnsemble,
     checksums,
     identity_of_function,
+    without_numbers,
 )
 from lightning_compress.errors import CompressionError
 from lightning_compress.processes import wait_for_all
@@ -56,6 +58,11 @@ class KeptAnswers:
                     "as they are. Leave `top_k` out."
                 )
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether answers are kept at all."""
+        return self._cache is not None
+
     def open(self, loaders: Any, output: Any, layers: Sequence[str]) -> None:
         """Open the cache for the data of a run; all processes must call it.
 
@@ -86,13 +93,49 @@ class KeptAnswers:
         self.answers = CachedAnswers(self._cache.folder, dataset.n_entries, identity, self._cache.top_k)
         wait_for_all()  # all have seen whether there is one before any of them makes one
 
+    def fill(
+        self,
+        loader: DataLoader[Any],
+        inputs: Callable[[Any], Any] | None,
+        select: Callable[[Any], Tensor] | None,
+        device: torch.device,
+    ) -> int:
+        """Ask the teacher of every entry that is not filled yet, in order.
+
+        Args:
+            loader: A loader over an `IndexedDataset`, whose batch size, workers and collate function are taken over.
+            inputs: Takes the arguments of the network out of a batch: a tensor, a tuple, or a dict of keywords; None
+                for the batch itself, or for the first entry of a tuple or list.
+            select: Takes the logits out of the teacher's output; None where no loss reads them.
+            device: Where the teacher runs.
+
+        Returns:
+            How many entries the cache has, all of them filled.
+        """
+        dataset = _indexed_dataset(loader)
+        assert dataset is not None
+        assert self.answers is not None  # `open` was called
+        every_entry = DataLoader(
+            dataset.entries(),
+            batch_size=loader.batch_size or 1,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn if loader.batch_size else None,
+        )
+        for batch in every_entry:
+            own_batch, index = without_numbers(move_data_to_device(batch, device))
+            found = _first_of(own_batch) if inputs is None else inputs(own_batch)
+            args, kwargs = ((), found) if isinstance(found, dict) else (_as_tuple(found), {})
+            self.answer(args, kwargs, index, select, device)
+        return self.answers.n_done
+
     def close(self) -> None:
         """Ask the teacher until `open`."""
         self.answers = None
 
     def answer(
         self,
-        call: ForwardCall,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
         index: Tensor | None,
         select: Callable[[Any], Tensor] | None,
         device: torch.device,
@@ -100,7 +143,8 @@ class KeptAnswers:
         """Return what the teacher says of a call, or has said before.
 
         Args:
-            call: A call of the student's network.
+            args: Positional arguments of a call of the student's network.
+            kwargs: Its keyword arguments.
             index: Numbers of the batch's samples, or None where the batch does not tell.
             select: Takes the logits out of the teacher's output; None where no loss reads them.
             device: Where the answer is wanted.
@@ -109,22 +153,30 @@ class KeptAnswers:
             CompressionError: If there is a cache and no ``index``, or the cache cannot be used.
         """
         if self.answers is None:
-            return self._teacher.answer(call.args, call.kwargs, select)
+            return self._teacher.answer(args, kwargs, select)
         if index is None:
             raise CompressionError(
                 "A training batch came without the numbers of its samples, by which `cache` keeps the teacher's "
                 "answers. Wrap every training data set: `IndexedDataset(dataset)`; with a collate function of your own "
                 "use `collate_fn=partial(collate_indexed, collate=mine)`."
             )
-        tensors = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
         sums = checksums(tensors, len(index))
         found = self.answers.get(index, sums)
         if found is None:
-            self.answers.put(index, sums, self._teacher.answer(call.args, call.kwargs, select))
+            self.answers.put(index, sums, self._teacher.answer(args, kwargs, select))
             found = self.answers.get(index, sums)  # what a later run will read
         assert found is not None
         output = None if found.output is None else found.output.to(device)
         return Answer(output, {name: [v.to(device) for v in values] for name, values in found.features.items()})
+
+
+def _first_of(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def _as_tuple(found: Any) -> tuple[Any, ...]:
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _indexed_dataset(loaders: Any) -> IndexedDataset | None:

@@ -9,7 +9,7 @@ from lightning_compress.distillation.correlation import CorrelationDistillation,
 from lightning_compress.distillation.decoupled import DecoupledDistillation, decoupled_losses
 from lightning_compress.distillation.ensemble import Network, OwnTeacher, Teacher, TeacherEnsemble, as_teachers
 from lightning_compress.distillation.features import FeatureDistillation
-from lightning_compress.distillation.indexed import IndexedBatch, IndexedDataset, collate_indexed
+from lightning_compress.distillation.indexed import IndexedDataset, collate_indexed, without_numbers
 from lightning_compress.distillation.logits import LogitDistillation, hinton_loss, multilabel_loss, standardized
 from lightning_compress.distillation.loss import DistillationLoss, FeatureLoss, number
 from lightning_compress.distillation.pseudo_labels import PseudoLabels
@@ -48,7 +48,6 @@ __all__ = [
     "FeatureTap",
     "Features",
     "FrozenTeacher",
-    "IndexedBatch",
     "IndexedDataset",
     "LogitDistillation",
     "Network",
@@ -84,4 +83,5 @@ __all__ = [
     "similarities",
     "split_name",
     "standardized",
+    "without_numbers",
 ]

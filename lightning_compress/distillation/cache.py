@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from lightning_compress.distillation.teacher import Answer
 from lightning_compress.errors import CompressionError
 from lightning_compress.processes import rank, wait_for_all
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files."""
 
 
@@ -49,7 +50,7 @@ class TeacherCache:
             raise ValueError(f"`top_k` must be at least 1, got {self.top_k}.")
 
 
-_META, _DONE, _INPUTS = "cache.json", "done.bin", "inputs.bin"
+_META, _DONE, _INPUTS = "cache.json", "done", "inputs"
 
 
 class CachedAnswers:
@@ -104,7 +105,7 @@ class CachedAnswers:
     def _check_is_ours(self, meta: Path) -> None:
         try:
             saved = json.loads(meta.read_text())
-            shapes, known = saved.pop("shapes"), dict(saved)
+            shapes, prefix, known = saved.pop("shapes"), str(saved.pop("files")), dict(saved)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CompressionError(f"{meta} is no description of a teacher's cache. Delete the folder.") from error
         different = [name for name in {**known, **self._identity} if known.get(name) != self._identity.get(name)]
@@ -115,9 +116,9 @@ class CachedAnswers:
             raise CompressionError(
                 f"The cache in {self.folder} was made for something else: {what}. Delete the folder, or give another."
             )
-        self._open(shapes, is_new=False)
+        self._open(shapes, prefix, is_new=False)
 
-    def _open(self, shapes: dict[str, list[int]], *, is_new: bool) -> None:
+    def _open(self, shapes: dict[str, list[int]], prefix: str, *, is_new: bool) -> None:
         self._shapes = shapes
         files: dict[str, tuple[Any, list[int]]] = {_DONE: (np.uint8, []), _INPUTS: (np.int64, [])}
         for name, shape in shapes.items():
@@ -126,7 +127,7 @@ class CachedAnswers:
             if is_cut and self.top_k:
                 files["\0classes"] = (np.int32, [self.top_k])
         for number, (name, (dtype, shape)) in enumerate(files.items()):
-            path = self.folder / (name if name in (_DONE, _INPUTS) else f"{number}.bin")
+            path = self.folder / f"{prefix}-{name if name in (_DONE, _INPUTS) else number}.bin"
             size = self.n_entries * int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
             if is_new:
                 with path.open("wb") as file:
@@ -222,10 +223,21 @@ class CachedAnswers:
             self._check_is_ours(self.folder / _META)
 
     def _write(self, shapes: dict[str, list[int]]) -> None:
-        self._open(shapes, is_new=True)
-        part = self.folder / f"{_META}.part"
-        part.write_text(json.dumps({**self._identity, "shapes": shapes}, indent=2) + "\n")
-        part.replace(self.folder / _META)  # last: without it there is no cache
+        """Make the files, unless another run has made them in the meantime."""
+        prefix = uuid4().hex[:8]
+        self._open(shapes, prefix, is_new=True)
+        part = self.folder / f"{prefix}-{_META}.part"
+        part.write_text(json.dumps({**self._identity, "shapes": shapes, "files": prefix}, indent=2) + "\n")
+        try:
+            os.link(part, self.folder / _META)  # last: without it there is no cache; and the first of several stays
+        except FileExistsError:
+            self._shapes = None
+            self._arrays = {}
+            for path in self.folder.glob(f"{prefix}-*.bin"):
+                path.unlink()
+        except OSError:  # a file system without hard links
+            part.replace(self.folder / _META)
+        part.unlink(missing_ok=True)
 
     def _rows(self, index: Tensor) -> npt.NDArray[np.int64]:
         rows: npt.NDArray[np.int64] = index.cpu().numpy()

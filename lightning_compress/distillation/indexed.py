@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, default_collate
+
+from lightning_compress.errors import CompressionError
 
 
 class IndexedBatch(NamedTuple):
@@ -64,11 +67,23 @@ class IndexedDataset(Dataset[IndexedBatch]):
 
     def __getitem__(self, index: int) -> IndexedBatch:
         if self.views is None:
-            return IndexedBatch(self.dataset[index], index)
-        view = int(torch.randint(self.views, ()))
-        entry = index * self.views + view
+            return self._entry(index)
+        return self._entry(index * self.views + int(torch.randint(self.views, ())))
+
+    def _entry(self, entry: int) -> IndexedBatch:
+        if self.views is None:
+            return IndexedBatch(self.dataset[entry], entry)
         with _random_numbers_of(entry):
-            return IndexedBatch(self.dataset[index], entry)
+            return IndexedBatch(self.dataset[entry // self.views], entry)
+
+    def entries(self) -> Dataset[IndexedBatch]:
+        """Return every view of every sample, in order.
+
+        Example:
+            >>> [sample.index for sample in IndexedDataset([1.0, 2.0], views=2).entries()]
+            [0, 1, 2, 3]
+        """
+        return _Entries(self)
 
     def check_repeats(self) -> None:
         """Check that some samples are the same at two reads.
@@ -87,6 +102,19 @@ class IndexedDataset(Dataset[IndexedBatch]):
                     "the teacher said of one would be taken for what it says of the other. Declare how many views of "
                     "each sample there are, `IndexedDataset(dataset, views=4)`, or train without a cache."
                 )
+
+
+class _Entries(Dataset[IndexedBatch]):
+    def __init__(self, indexed: IndexedDataset) -> None:
+        self._indexed = indexed
+
+    def __len__(self) -> int:
+        return self._indexed.n_entries
+
+    def __getitem__(self, entry: int) -> IndexedBatch:
+        if not 0 <= entry < len(self):
+            raise IndexError(f"There is no entry {entry} of {len(self)}.")
+        return self._indexed._entry(entry)
 
 
 @contextmanager
@@ -129,3 +157,36 @@ def collate_indexed(
         collate: Your collate function: ``DataLoader(..., collate_fn=partial(collate_indexed, collate=mine))``.
     """
     return IndexedBatch(collate([sample.batch for sample in samples]), torch.tensor([s.index for s in samples]))
+
+
+def without_numbers(batch: Any) -> tuple[Any, Tensor | None]:
+    """Return a batch as the user's data sets give it, and the numbers of its samples.
+
+    Args:
+        batch: What a loader, or a combination of several, gives.
+
+    Returns:
+        The batch, and int64 of shape ``(N,)``; None where no sample tells its number.
+
+    Raises:
+        CompressionError: If samples of several loaders tell theirs.
+
+    Example:
+        >>> batch, index = without_numbers({"small": IndexedBatch(torch.ones(2), torch.tensor([4, 0])), "big": 7})
+        >>> batch, index
+        ({'small': tensor([1., 1.]), 'big': 7}, tensor([4, 0]))
+    """
+    leaves, structure = pytree.tree_flatten(batch, is_leaf=_is_indexed)
+    numbers = [leaf.index for leaf in leaves if isinstance(leaf, IndexedBatch)]
+    if not numbers:
+        return batch, None
+    if len(numbers) > 1:
+        raise CompressionError(
+            f"{len(numbers)} loaders of this batch draw from an `IndexedDataset`, so a number may be that of any of "
+            "them. Wrap the data set of the loader alone whose samples the network is distilled on."
+        )
+    return pytree.tree_unflatten([leaf.batch if _is_indexed(leaf) else leaf for leaf in leaves], structure), numbers[0]
+
+
+def _is_indexed(leaf: Any) -> bool:
+    return isinstance(leaf, IndexedBatch)

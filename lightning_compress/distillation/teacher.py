@@ -8,6 +8,7 @@ import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -139,7 +140,7 @@ class FrozenTeacher:
     same teacher, not a second one.
 
     Args:
-        network: The trained network.
+        network: The trained network; one of `torch.compile` runs compiled where no loss reads its modules.
         transform: Makes its positional inputs of the student's: a tensor, or a tuple of all.
         dtype: Floating-point type that it computes in, outside of autocast; that of the student by default.
 
@@ -165,10 +166,12 @@ class FrozenTeacher:
     ) -> None:
         if not isinstance(network, nn.Module):
             raise TypeError(f"`teacher` must be an nn.Module, got {type(network).__name__}.")
-        self.network = network
+        # What `torch.compile` made runs where nobody listens; modules are named and heard in the original.
+        self.network: nn.Module = getattr(network, "_orig_mod", network)
+        self._compiled = network if network is not self.network else None
         self._transform = transform
         self._dtype = dtype
-        self._runner = network
+        self._runner = self.network
         self._place: tuple[torch.device, torch.dtype] | None = None
         self._modes: dict[nn.Module, bool] | None = None
         self._flags: list[tuple[nn.Parameter, bool]] = []
@@ -225,7 +228,7 @@ class FrozenTeacher:
     def move_to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Run on ``device`` in ``dtype`` from now on.
 
-        A network of another floating-point type is copied first, so that the user's weights keep their precision.
+        A network with tensors of another floating-point type is copied first: the user's weights keep their precision.
 
         Args:
             device: The student's device.
@@ -235,7 +238,8 @@ class FrozenTeacher:
         if self._place == (device, dtype):
             return
         self._untap()  # it may listen to another copy
-        if any(parameter.is_floating_point() and parameter.dtype != dtype for parameter in self.network.parameters()):
+        tensors = chain(self.network.parameters(), self.network.buffers())
+        if any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in tensors):
             self._runner = copy_of(self.network)
         else:
             self._runner = self.network
@@ -281,7 +285,10 @@ class FrozenTeacher:
             return self._answer_with_features(args, kwargs, select)
         assert select is not None
         with torch.inference_mode(), self._own_precision():
-            selected = select(self._runner(*args, **kwargs))
+            can_compile = self._compiled is not None and self._runner is self.network
+            runner = self._compiled if can_compile else self._runner
+            assert runner is not None
+            selected = select(runner(*args, **kwargs))
             is_finite = bool(torch.isfinite(selected).all())
         if not is_finite:
             raise self._not_finite("")

@@ -120,6 +120,103 @@ def test_batches_with_numbers_reach_the_step_without_them_where_there_is_no_cach
     torch.testing.assert_close(plain.state_dict(), numbered.state_dict(), rtol=0, atol=0)
 
 
+class Hooked(Student):
+    """Looks at every batch in the hooks that Lightning has for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, type]] = []
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.seen.append(("before", type(batch)))
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.seen.append(("after", type(batch)))
+        return batch
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append(("start", type(batch)))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append(("validation", type(batch)))
+
+
+def test_hooks_of_the_module_see_its_own_batches(tmp_path: Path) -> None:
+    student = seeded(Hooked)
+    callback = KnowledgeDistillation(seeded(Counting, seed=1), cache=tmp_path / "cache")
+    trainer(tmp_path, callback).fit(student, indexed(), val_dataloaders=indexed(shuffle=False))
+    assert {kind for _, kind in student.seen} == {dict}
+    assert {name for name, _ in student.seen} == {"before", "after", "start", "validation"}
+    assert "on_before_batch_transfer" not in vars(student)
+
+
+class HookedData(pl.LightningDataModule):
+    def __init__(self, change: float) -> None:
+        super().__init__()
+        self.change = change
+        self.seen: list[type] = []
+
+    def train_dataloader(self) -> Any:
+        return indexed(shuffle=False)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.seen.append(type(batch))
+        return {**batch, "x": batch["x"] + self.change}
+
+
+def test_hooks_of_the_data_see_their_own_batches_and_what_they_change_is_noticed(tmp_path: Path) -> None:
+    data = HookedData(0.5)
+    assert run(tmp_path, tmp_path / "cache", seeded(Student), data) == 4
+    assert data.seen == [dict] * 12
+    assert "on_before_batch_transfer" not in vars(data)
+    with pytest.raises(CompressionError, match="reaches the network as something else than when the cache"):
+        run(tmp_path, tmp_path / "cache", seeded(Student), HookedData(0.25))
+    assert "on_before_batch_transfer" not in vars(data)
+
+
+class TwoLoaders(Student):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        assert isinstance(batch["other"], dict)
+        return super().training_step(batch["mine"], batch_idx)
+
+
+def test_one_of_several_loaders_tells_its_numbers(tmp_path: Path) -> None:
+    loaders = {"mine": indexed(), "other": loader()}
+    assert run(tmp_path, tmp_path / "cache", seeded(TwoLoaders), loaders) == 4
+    with pytest.raises(CompressionError, match="2 loaders of this batch draw from an `IndexedDataset`"):
+        run(tmp_path, tmp_path / "cache", seeded(TwoLoaders), {"mine": indexed(), "other": indexed()})
+
+
+@pytest.mark.parametrize("views", [None, 2])
+def test_a_cache_that_is_filled_before_is_what_a_run_would_have_kept(views: int | None, tmp_path: Path) -> None:
+    callback = KnowledgeDistillation(seeded(Counting, seed=1), losses=LOSSES, cache=tmp_path / "before")
+    before = seeded(Student)
+    Counting.calls = 0
+    loader = indexed(views, batch_size=5)
+    assert callback.fill_cache(before, loader, inputs=lambda batch: batch["x"]) == 32 * (views or 1)
+    assert Counting.calls == -(-32 * (views or 1) // 5)
+    assert callback.fill_cache(before, loader, inputs=lambda batch: batch["x"]) == 32 * (views or 1)
+    assert Counting.calls == -(-32 * (views or 1) // 5)
+    assert run(tmp_path, tmp_path / "before", before, indexed(views)) == 0
+    during = seeded(Student)
+    assert run(tmp_path, tmp_path / "during", during, indexed(views)) > 0
+    torch.testing.assert_close(before.state_dict(), during.state_dict(), rtol=1e-3, atol=1e-3)  # other batch sizes
+
+
+def test_a_cache_is_filled_with_what_keywords_say(tmp_path: Path) -> None:
+    def keywords(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"x": batch["x"], "scale": batch["scale"]}
+
+    callback = KnowledgeDistillation(seeded(Scaled, seed=1), cache=tmp_path / "cache")
+    assert callback.fill_cache(seeded(KeywordStudent), indexed(), inputs=keywords) == 32
+    trainer(tmp_path, callback).fit(seeded(KeywordStudent), indexed())
+    with pytest.raises(ValueError, match="There is no cache to fill: give `cache` a folder"):
+        KnowledgeDistillation(Teacher()).fill_cache(seeded(Student), indexed())
+    with pytest.raises(CompressionError, match="which the training data do not tell"):
+        callback.fill_cache(seeded(KeywordStudent), loader())
+
+
 def test_two_processes_fill_one_cache(tmp_path: Path) -> None:
     strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
     callback = KnowledgeDistillation(seeded(Teacher, seed=1), losses=LOSSES, cache=tmp_path / "cache")

@@ -161,3 +161,21 @@ def test_a_trainer_that_goes_on_keeps_the_student_as_it_was(tmp_path: Path) -> N
     run.fit_loop.max_epochs = 2
     run.fit(student, loader())
     torch.testing.assert_close(callback._teacher.own[0].network.state_dict(), weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("losses", [[LogitDistillation()], [FeatureDistillation(layers={"hidden": "net.1"})]])
+def test_a_compiled_teacher_teaches_as_it_would_uncompiled(losses: list[Any], tmp_path: Path) -> None:
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    plain, compiled = seeded(Student), seeded(Student)
+    for student, teacher in (
+        (plain, seeded(TeacherNetwork, seed=1)),
+        (compiled, torch.compile(seeded(TeacherNetwork, seed=1), backend=backend)),
+    ):
+        trainer(tmp_path, KnowledgeDistillation(teacher, losses=losses), max_epochs=2).fit(student, loader())
+    torch.testing.assert_close(compiled.state_dict(), plain.state_dict())
+    assert bool(graphs) == isinstance(losses[0], LogitDistillation)

@@ -31,6 +31,12 @@ def answer() -> Answer:
     )
 
 
+def answer_rows(n: int) -> Answer:
+    whole = answer()
+    assert whole.output is not None
+    return Answer(whole.output[:n], {name: [value[:n] for value in values] for name, values in whole.features.items()})
+
+
 def test_what_was_kept_comes_back_in_any_order_and_by_another_process(tmp_path: Path) -> None:
     opened(tmp_path).put(INDEX, SUMS, answer())
     found = opened(tmp_path).get(torch.tensor([2, 3]), torch.tensor([20, 30]))
@@ -54,19 +60,41 @@ def test_the_largest_logits_and_the_rest_give_the_same_probabilities(tmp_path: P
     classes = whole.topk(3).indices
     torch.testing.assert_close(kept.gather(1, classes), whole.gather(1, classes), rtol=5e-3, atol=1e-4)
     assert torch.equal(kept.argmax(1), whole.argmax(1))
-    assert sum(path.stat().st_size for path in tmp_path.glob("[0-9]*.bin")) == 5 * (4 * 2 + 3 * 4)
+    assert sum(path.stat().st_size for path in tmp_path.glob("*-[0-9].bin")) == 5 * (4 * 2 + 3 * 4)
 
 
-@pytest.mark.parametrize("name", ["done.bin", "inputs.bin", "2.bin"])
+@pytest.mark.parametrize("name", ["*-done.bin", "*-inputs.bin", "*-2.bin"])
 def test_a_truncated_or_missing_file_is_refused(name: str, tmp_path: Path) -> None:
     opened(tmp_path).put(INDEX, SUMS, answer())
-    content = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(content[:-1])
-    with pytest.raises(CompressionError, match=f"is damaged: {name} has {len(content) - 1} bytes instead of"):
+    (path,) = tmp_path.glob(name)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(CompressionError, match=f"is damaged: {path.name} has {len(content) - 1} bytes instead of"):
         opened(tmp_path)
-    (tmp_path / name).unlink()
-    with pytest.raises(CompressionError, match=f"is damaged: {name} has 0 bytes instead of"):
+    path.unlink()
+    with pytest.raises(CompressionError, match=f"is damaged: {path.name} has 0 bytes instead of"):
         opened(tmp_path)
+
+
+def test_two_runs_that_begin_one_cache_share_it(tmp_path: Path) -> None:
+    first, second = opened(tmp_path), opened(tmp_path)  # both see that there is none yet
+    first.put(INDEX, SUMS, answer())
+    second.put(torch.tensor([1, 4]), torch.tensor([11, 44]), answer_rows(2))
+    for cache in (first, second, opened(tmp_path)):
+        assert cache.n_done == 5
+        assert cache.get(torch.tensor([1, 3]), torch.tensor([11, 30])) is not None
+    assert len(list(tmp_path.glob("*-done.bin"))) == 1
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_without_hard_links_there_is_a_cache_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError("not here")
+
+    monkeypatch.setattr("os.link", refuse)
+    opened(tmp_path).put(INDEX, SUMS, answer())
+    assert opened(tmp_path).n_done == 3
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_fill_that_was_interrupted_before_its_end_is_no_cache_or_goes_on(tmp_path: Path) -> None:

@@ -207,3 +207,15 @@ def test_an_average_that_answers_in_another_precision_answers_with_its_newest_we
     found = teacher.answer([x.bfloat16()], {}, identity).output
     assert found is not None
     assert torch.equal(found, copy.deepcopy(student).bfloat16()(x.bfloat16()))
+
+
+def test_buffers_of_another_precision_stay_as_they_are() -> None:
+    network = nn.BatchNorm1d(2)
+    network.register_buffer("exact", torch.tensor([1 / 3], dtype=torch.float64))
+    teacher = TeacherEnsemble([Teacher(network)])
+    teacher.freeze()
+    teacher.move_to(torch.device("cpu"), torch.float32)
+    answer(teacher, torch.ones(1, 2))
+    teacher.release()
+    assert network.state_dict()["exact"].dtype == torch.float64
+    assert float(network.state_dict()["exact"]) == 1 / 3
