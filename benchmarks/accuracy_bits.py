@@ -8,7 +8,7 @@ convolution, classifier and the model's input keep 8 bits.
 
 Run it in pieces with ``--depths``, ``--jobs`` and ``--seeds``: what is in ``benchmarks/out`` is not measured again.
 ``--ranges`` compares ways to find the scales; ``--images`` shortens the epoch for that. With ``--checkpoint`` all seeds
-fine-tune one float checkpoint.
+fine-tune one float checkpoint. ``--self-taught`` adds each job with the network as it was before as its teacher.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from examples.evaluation import percent_equal, predict, predict_onnx
 from examples.fashion_mnist import load_images
 from examples.image_data import Batch, ImageData, ImageSet
 from examples.networks import ResNet, student
-from lightning_compress import OnnxExport, QuantizationAwareTraining
+from lightning_compress import KnowledgeDistillation, OnnxExport, QuantizationAwareTraining
 from lightning_compress.quantization.estimators import RangeMethod
 
 FLOAT = Budget(epochs=4, learning_rate=0.2, weight_decay=5e-4)
@@ -61,10 +61,14 @@ def main() -> None:
         for seed in options.seeds:
             start = seed if options.checkpoint is None else options.checkpoint
             records.get(partial(_float, images, depth, start), job="fp32, 4 epochs", depth=depth, seed=start)
-            for job, ranges in product(options.jobs, options.ranges):
-                measure = partial(_fine_tuned, images, depth, start, seed, job, RANGES[ranges], options.images)
+            teachings = (False, True) if options.self_taught else (False,)
+            for job, ranges, is_taught in product(options.jobs, options.ranges, teachings):
+                measure = partial(
+                    _fine_tuned, images, depth, start, seed, job, RANGES[ranges], options.images, is_taught
+                )
                 name = job + (f" {ranges}" if RANGES[ranges] else "")
                 name += f", {options.images} images" if options.images else ""
+                name += ", taught by itself" if is_taught else ""
                 records.get(measure, job=name, depth=depth, seed=seed)
     for depth in options.depths:
         print(f"\nResNet-{depth}, {images.name}\n\n{markdown_table(_table(records.rows, depth))}")
@@ -147,6 +151,7 @@ def _fine_tuned(
     job: str,
     ranges: RangeMethod | None,
     n_images: int | None,
+    is_taught: bool,
 ) -> dict[str, Any]:
     network = student(depth)
     network.load_state_dict(torch.load(_path(depth, checkpoint), weights_only=True))
@@ -158,6 +163,8 @@ def _fine_tuned(
         callbacks.append(
             QuantizationAwareTraining(weight_bits=weight_bits, activation_bits=activation_bits, ranges=ranges)
         )
+    if is_taught:
+        callbacks.append(KnowledgeDistillation("self", temperature=4.0, weight=0.7))
     # Another seed than the checkpoint's: its first epoch must not be seen a second time.
     classifier, seconds = _train(f"{job}, seed {seed}", network, part, FINE_TUNE, seed + 77, callbacks)
     in_torch = predict(classifier, ImageData(images).test_dataloader())
@@ -201,6 +208,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--depths", nargs="+", type=int, default=[8, 20], help="of the ResNets")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
     parser.add_argument("--ranges", nargs="+", choices=RANGES, default=["default"])
+    parser.add_argument("--self-taught", action="store_true", help="each also distilled from the float checkpoint")
     parser.add_argument("--images", type=int, help="fine-tune on so many images only")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--checkpoint", type=int, help="seed of one float checkpoint for all; by default each its own")
