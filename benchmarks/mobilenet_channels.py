@@ -37,7 +37,7 @@ def main() -> None:
     key = {"images": images.name, "pixels": options.pixels, "epochs": f"{options.base_epochs} + {options.epochs}"}
     rows: list[Row] = []
     for seed in options.seeds:
-        records.get(partial(_base, images, options, seed), share="base", seed=seed, **key)
+        records.get(partial(base, images, options, seed), share="base", seed=seed, **key)
         for share in (1.0, *options.macs):
             measure = partial(_measure, images, options, seed, share)
             rows.append(records.get(measure, share=share, seed=seed, **key))
@@ -68,10 +68,10 @@ def main() -> None:
     print(f"\n{key}, seeds {options.seeds}\n\n{markdown_table(table)}")
 
 
-def _base(images: ImageSet, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+def base(images: ImageSet, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     data = ImageData(images, batch_size=32, hold_out=False, seed=seed)
     module = fine_tune(f"base, seed {seed}", data, options.weights, epochs=options.base_epochs, seed=seed)
-    torch.save(module.network.state_dict(), _checkpoint(seed))
+    torch.save(module.network.state_dict(), checkpoint(seed))
     return {"accuracy": percent_equal(predict(module, data.test_dataloader()), images.test_labels)}
 
 
@@ -81,7 +81,7 @@ def _measure(images: ImageSet, options: argparse.Namespace, seed: int, share: fl
     data = ImageData(images, batch_size=32, hold_out=False, seed=seed + 77)
     network, teacher = (mobilenet_v2(images.n_classes, options.weights) for _ in range(2))
     for one in (network, teacher):
-        one.load_state_dict(torch.load(_checkpoint(seed), weights_only=True))
+        one.load_state_dict(torch.load(checkpoint(seed), weights_only=True))
     path = _file(share, seed)
     callbacks: list[L.Callback] = [OnnxExport(path, latency=False)]
     if share < 1.0:
@@ -122,7 +122,7 @@ def _file(share: float, seed: int) -> Path:
     return OUT / f"mobilenet_channels_{share:g}_seed_{seed}.onnx"
 
 
-def _checkpoint(seed: int) -> Path:
+def checkpoint(seed: int) -> Path:
     return OUT / f"mobilenet_channels_base_seed_{seed}.pt"
 
 
