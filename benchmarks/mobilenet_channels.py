@@ -2,8 +2,10 @@
 
 A float network is fine-tuned from the ImageNet weights for `--base-epochs`. From there every job goes on for
 `--epochs`: in float, and, with the network that they all begin from as the teacher, in int8 with a share of the
-multiply-accumulates. So all have seen the same number of epochs in the same order. Accuracy is that of the exported
-file in ONNX Runtime on the test photos; the files of the first seed are timed, interleaved.
+multiply-accumulates. So all have seen the same number of epochs in the same order. Every layer keeps at least the share
+of its channels that a `sensitivity` scan of the network that they begin from gives it, for a drop of at most
+`--max-drops` in the accuracy on validation photos, which are among the training photos. Accuracy is that of the
+exported file in ONNX Runtime on the test photos; the files of the first seed are timed, interleaved.
 """
 
 from __future__ import annotations
@@ -20,11 +22,19 @@ import numpy as np
 import torch
 
 from benchmarks.records import OUT, Records, Row, markdown_table, print_machine
+from examples.classifier import ImageClassifier
 from examples.evaluation import percent_equal, predict, predict_onnx
 from examples.fine_tune_mobilenet import fine_tune, mobilenet_v2
 from examples.image_data import ImageData, ImageSet
 from examples.photos import load_photos
-from lightning_compress import ChannelPruning, KnowledgeDistillation, OnnxExport, QuantizationAwareTraining, shrink
+from lightning_compress import (
+    ChannelPruning,
+    KnowledgeDistillation,
+    OnnxExport,
+    QuantizationAwareTraining,
+    sensitivity,
+    shrink,
+)
 from lightning_compress.report import compare_latency, model_statistics
 
 
@@ -38,9 +48,9 @@ def main() -> None:
     rows: list[Row] = []
     for seed in options.seeds:
         records.get(partial(base, images, options, seed), share="base", seed=seed, **key)
-        for share in (1.0, *options.macs):
-            measure = partial(_measure, images, options, seed, share)
-            rows.append(records.get(measure, share=share, seed=seed, **key))
+        for share, max_drop in zip((1.0, *options.macs), (None, *options.max_drops), strict=True):
+            measure = partial(_measure, images, options, seed, share, max_drop)
+            rows.append(records.get(measure, share=share, max_drop=max_drop, seed=seed, **key))
     if options.only_train:
         return
     shares, seed = (1.0, *options.macs), options.seeds[0]
@@ -75,7 +85,9 @@ def base(images: ImageSet, options: argparse.Namespace, seed: int) -> dict[str, 
     return {"accuracy": percent_equal(predict(module, data.test_dataloader()), images.test_labels)}
 
 
-def _measure(images: ImageSet, options: argparse.Namespace, seed: int, share: float) -> dict[str, Any]:
+def _measure(
+    images: ImageSet, options: argparse.Namespace, seed: int, share: float, max_drop: float | None
+) -> dict[str, Any]:
     """Go on from the base, and score the file."""
     # Another seed than the base's: its epochs must not be seen a second time.
     data = ImageData(images, batch_size=32, hold_out=False, seed=seed + 77)
@@ -84,10 +96,12 @@ def _measure(images: ImageSet, options: argparse.Namespace, seed: int, share: fl
         one.load_state_dict(torch.load(checkpoint(seed), weights_only=True))
     path = _file(share, seed)
     callbacks: list[L.Callback] = [OnnxExport(path, latency=False)]
-    if share < 1.0:
+    if max_drop is not None:
+        start = ImageClassifier(network, n_classes=images.n_classes)
+        report = sensitivity(start, ImageData(images, batch_size=80, hold_out=False), "val_accuracy", bits=())
         callbacks += [
             KnowledgeDistillation(teacher, temperature=4.0, weight=0.7),
-            ChannelPruning(macs=share, end=0.4, scope="layer"),
+            ChannelPruning(macs=share, end=0.4, scope="layer", budget=report.channel_budget(max_drop)),
             QuantizationAwareTraining(start=0.6),
         ]
     name, started = f"{_name(share)}, seed {seed}", time.perf_counter()
@@ -132,6 +146,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="file with the ImageNet weights; torchvision's own by default")
     parser.add_argument("--pixels", type=int, default=96)
     parser.add_argument("--macs", nargs="+", type=float, default=[0.7, 0.5], help="shares of the pruned networks")
+    parser.add_argument("--max-drops", nargs="+", type=float, default=[0.02, 0.045], help="for each of the shares")
     parser.add_argument("--base-epochs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=50)
