@@ -30,9 +30,11 @@ from lightning_compress.export import ExportResult, export_onnx
 from lightning_compress.quantization.placement_report import placement_report
 from lightning_compress.report import RunReport
 from lightning_compress.report.sensitivity import SensitivityReport
+from lightning_compress.storage import ArchiveSize, load_compressed, save_compressed
 
 __all__ = [
     "Annealing",
+    "ArchiveSize",
     "AttentionTransfer",
     "ChannelPruning",
     "ContrastiveDistillation",
@@ -57,9 +59,11 @@ __all__ = [
     "TeacherCache",
     "collate_indexed",
     "export_onnx",
+    "load_compressed",
     "load_compressed_state",
     "placement_report",
     "rebuild",
+    "save_compressed",
     "sensitivity",
     "shrink",
     "strip",

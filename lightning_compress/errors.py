@@ -18,3 +18,7 @@ class ParityError(ExportError):
 
 class MissingExtraError(ImportError):
     """An optional dependency that is not installed; the message holds the line that installs it."""
+
+
+class ArchiveError(CompressionError):
+    """An archive of weights that is damaged, that is none, or that is of a newer version."""

@@ -1,4 +1,4 @@
-"""Unfinished files: names that tell whose they are, so that those of a run that was killed are removed by the next."""
+"""Unfinished files: they take their place only when whole, and the next run removes those of one that was killed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,38 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary name next to ``path``, which takes its place when the block ends without an error.
+
+    Args:
+        path: The file to write; its folder is made where missing.
+
+    Yields:
+        The path to write to. It is gone when the block ends.
+
+    Raises:
+        OSError: If the folder cannot be made or the file cannot be renamed.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     with written_whole(f"{folder}/new/report.txt") as temporary:
+        ...         n_characters = temporary.write_text("whole")
+        ...     [(file.name, file.read_text()) for file in Path(folder, "new").iterdir()]
+        [('report.txt', 'whole')]
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

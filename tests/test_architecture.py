@@ -15,6 +15,7 @@ LAYER = {
     "callbacks": 3,
     "export": 2,
     "report": 2,
+    "storage": 2,
     "quantization": 1,
     "pruning": 1,
     "distillation": 1,

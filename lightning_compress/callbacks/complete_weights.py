@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_compress.callbacks.compressor import is_complete
-from lightning_compress.report.atomic import written_whole
+from lightning_compress.unfinished import written_whole
 
 
 def best_complete_checkpoint(trainer: pl.Trainer) -> Path | None:

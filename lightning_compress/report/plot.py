@@ -9,8 +9,8 @@ from os import PathLike
 from typing import Any
 
 from lightning_compress.errors import MissingExtraError
-from lightning_compress.report.atomic import written_whole
 from lightning_compress.report.statistics import LayerStatistics
+from lightning_compress.unfinished import written_whole
 
 LOSSES = {"train_loss": "training loss", "distillation_loss": "distillation loss"}
 """Series of a :class:`History` that are drawn as losses, with their labels."""

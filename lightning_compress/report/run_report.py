@@ -12,7 +12,6 @@ from os import PathLike
 from textwrap import wrap
 from typing import Any, TypeVar
 
-from lightning_compress.report.atomic import written_whole
 from lightning_compress.report.cpu import cpu_name
 from lightning_compress.report.figures import (
     format_bytes,
@@ -25,6 +24,7 @@ from lightning_compress.report.figures import (
 from lightning_compress.report.latency import Latency, LatencyComparison
 from lightning_compress.report.size import FileSizes
 from lightning_compress.report.statistics import LayerStatistics, ModelStatistics
+from lightning_compress.unfinished import written_whole
 
 _WIDTH = 80
 _LABEL_WIDTH = 30

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_compress.report.atomic import written_whole
 from lightning_compress.report.plot import import_matplotlib
+from lightning_compress.unfinished import written_whole
 
 Kind = Literal["channels", "bits"]
 

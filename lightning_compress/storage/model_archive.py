@@ -1,0 +1,163 @@
+"""`save_compressed` and `load_compressed`: a network as it ships in one small file, and back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_compress.errors import ArchiveError
+from lightning_compress.pruning.channels.narrowing import narrow_
+from lightning_compress.quantization import quantization_of
+from lightning_compress.storage.archive import ArchiveReader, write_archive
+from lightning_compress.storage.coding import Coder
+from lightning_compress.storage.size import ArchiveSize
+from lightning_compress.storage.tensors import IntegerWeight
+
+CHANNELS = "lightning_compress.channels"
+"""Under which name of the metadata the channels lie that a shrunk network has kept."""
+
+
+def save_compressed(
+    model: nn.Module | Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    coders: Sequence[Coder] = ("fixed", "huffman"),
+    metadata: Mapping[str, str] | None = None,
+    channels: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+) -> ArchiveSize:
+    """Write the weights of a network into a small file: pruned, shared and quantized ones take what they hold.
+
+    Each tensor is written in the form that takes the fewest bytes: as it is, without its zeros (gaps of fixed-width
+    runs), as indices into a table of shared values, or as integers with scales; then gaps and indices are coded. Every
+    value comes back as it was, but for the sign of zeros. A network that is quantized is written as it computes: with
+    rounded weights. Source: Han, Mao & Dally 2016, "Deep Compression", arXiv:1510.00149.
+
+    Args:
+        model: A model, or a state dict.
+        path: The file; its folder is made where missing.
+        coders: What to try for gaps and indices: ``"fixed"`` width, ``"huffman"`` codes, and ``"ans"``, which is within
+            a few bytes of the entropy and needs the extra ``ans``, to be read too. The smallest is taken.
+        metadata: Text to keep beside the weights.
+        channels: The record that `shrink` returned for ``model``, so that `load_compressed` can narrow a fresh model.
+
+    Returns:
+        What each tensor takes after every stage.
+
+    Raises:
+        ValueError: If a tensor has a dtype that cannot be kept, or a coder is unknown.
+        MissingExtraError: If ``"ans"`` is asked for and its library is not installed.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> net = nn.Linear(100, 100)
+        >>> with torch.no_grad():
+        ...     _ = net.weight.mul_(net.weight.abs() > 0.09).sign_()
+        >>> with TemporaryDirectory() as folder:
+        ...     size = save_compressed(net, f"{folder}/net.lcz")
+        ...     weights = load_compressed(f"{folder}/net.lcz")
+        >>> size.ratio > 20, torch.equal(weights["weight"], net.weight)
+        (True, True)
+    """
+    tensors: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"`{name}` is no tensor but {type(tensor).__name__}, which an archive cannot hold.")
+    integers = _integer_weights(model, tensors) if isinstance(model, nn.Module) else {}
+    text = dict(metadata or {})
+    if channels is not None:
+        text[CHANNELS] = json.dumps(
+            {name: {side: list(kept) for side, kept in on.items()} for name, on in channels.items()}
+        )
+    shipped = {name: integers[name].values() if name in integers else tensor for name, tensor in tensors.items()}
+    return write_archive(shipped, path, coders=coders, integers=integers, metadata=text)
+
+
+def load_compressed(
+    path: str | os.PathLike[str], model: nn.Module | None = None, *, largest: int = 2**36
+) -> dict[str, Tensor]:
+    """Read the weights that `save_compressed` wrote; nothing that is read is ever run.
+
+    Args:
+        path: The file.
+        model: A model to load them into; one that was shrunk is narrowed first, from a fresh one with all channels.
+        largest: Bytes that the weights may take in memory; a file that says it takes more is refused at once.
+
+    Returns:
+        The state dict.
+
+    Raises:
+        ArchiveError: If the file is no archive, is damaged, or of a newer version, or ``model`` is another network;
+            then ``model`` is as it was.
+        FileNotFoundError: If there is no file.
+        MissingExtraError: If it was written with a library that is not installed.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+        >>> with TemporaryDirectory() as folder:
+        ...     size = save_compressed(first, f"{folder}/net.lcz")
+        ...     weights = load_compressed(f"{folder}/net.lcz", second)
+        >>> torch.equal(first.weight, second.weight)
+        True
+    """
+    with ArchiveReader(path, largest) as archive:
+        narrowed = None
+        if model is not None:
+            text = archive.metadata.get(CHANNELS)
+            differing = _differing(model, archive.shapes)
+            if differing and text is not None:
+                narrowed = _checked_channels(text)
+                differing = [name for name in differing if "of the shape" not in name]
+            if differing:
+                more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+                raise ArchiveError(
+                    f"{os.fspath(path)} holds another network than this `{type(model).__name__}`: "
+                    f"{', '.join(differing[:3])}{more}."
+                )
+        weights = dict(archive)  # all of it, before anything is changed
+    if model is not None:
+        if narrowed is not None:
+            narrow_(model, narrowed)
+        model.load_state_dict(weights)
+    return weights
+
+
+def _integer_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, IntegerWeight]:
+    """Return what the weights of a quantized model are made of, by their names in its state dict."""
+    state = quantization_of(model)
+    found: dict[str, IntegerWeight] = {}
+    if state is None or not state.is_quantizing:
+        return found
+    prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is state.model), "")
+    for name, quantizer in state.weights.items():
+        for key in (f"{prefix}{name}.weight", f"{prefix}{name}"):
+            if key in tensors:
+                integers, scales = quantizer.integers(tensors[key])
+                integers = integers if quantizer.axis == 0 else integers.transpose(0, quantizer.axis)
+                found[key] = IntegerWeight(integers.cpu().contiguous(), scales.detach().cpu(), quantizer.axis)
+    return found
+
+
+def _differing(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    own = model.state_dict()
+    return [
+        *(f"no `{name}` in the file" for name in own if name not in shapes),
+        *(f"no `{name}` in the model" for name in shapes if name not in own),
+        *(
+            f"`{name}` of the shape {shapes[name]} for {tuple(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in shapes and shapes[name] != tuple(tensor.shape)
+        ),
+    ]
+
+
+def _checked_channels(text: str) -> dict[str, dict[str, list[int]]]:
+    try:
+        record = json.loads(text)
+        return {name: {side: [int(i) for i in kept] for side, kept in on.items()} for name, on in record.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ArchiveError(f"The record of channels of an archive cannot be read: {error}") from error
