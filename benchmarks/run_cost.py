@@ -27,7 +27,7 @@ from benchmarks.records import Row, markdown_table, print_machine
 from examples.quiet import quiet_lightning
 from lightning_compress import MagnitudePruning, QuantizationAwareTraining
 from lightning_compress.pruning.magnitude import Scope
-from lightning_compress.pruning.weights import prunable_weights
+from lightning_compress.selection import plain_weights
 
 SCOPES: tuple[Scope, ...] = ("global", "layer", "lamp")
 
@@ -183,7 +183,7 @@ def _checkpoint_row(name: str, options: argparse.Namespace) -> Row:
             saved = torch.load(path, weights_only=True).get("lightning_compress", {}).get("pruning")
         if saved:
             masks = sum(mask.numel() for mask in saved["masks"].values())
-            weights = sum(4 * weight.numel() for weight in prunable_weights(module).values())
+            weights = sum(4 * weight.numel() for weight in plain_weights(module).values())
     return {
         "parameters, M": round(sum(parameter.numel() for parameter in module.parameters()) / 1e6, 1),
         "checkpoint, MB": round(sizes[0] / 1e6, 1),

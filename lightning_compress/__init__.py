@@ -1,6 +1,8 @@
 """Training-time compression for PyTorch Lightning: callbacks for quantization, pruning, distillation and export."""
 
+from lightning_compress.callbacks.archive import Archive
 from lightning_compress.callbacks.channel_pruning import ChannelPruning
+from lightning_compress.callbacks.clustering import WeightClustering
 from lightning_compress.callbacks.distillation import KnowledgeDistillation
 from lightning_compress.callbacks.loading import load_compressed_state
 from lightning_compress.callbacks.onnx_export import OnnxExport
@@ -34,6 +36,7 @@ from lightning_compress.storage import ArchiveSize, load_compressed, save_compre
 
 __all__ = [
     "Annealing",
+    "Archive",
     "ArchiveSize",
     "AttentionTransfer",
     "ChannelPruning",
@@ -57,6 +60,7 @@ __all__ = [
     "SimilarityPreserving",
     "Teacher",
     "TeacherCache",
+    "WeightClustering",
     "collate_indexed",
     "export_onnx",
     "load_compressed",

@@ -19,6 +19,7 @@ LAYER = {
     "quantization": 1,
     "pruning": 1,
     "distillation": 1,
+    "clustering": 1,
     "graph": 0,
     "schedules": 0,
     "selection": 0,

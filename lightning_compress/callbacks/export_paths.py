@@ -11,8 +11,12 @@ from lightning_compress.callbacks.complete_weights import save_weights
 from lightning_compress.unfinished import unfinished_folder
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, owner: str) -> None:
     """Check, by making an empty folder next to it and removing it, that a file can be written at ``path``.
+
+    Args:
+        path: The file.
+        owner: Which callback will write it, for the message.
 
     Raises:
         ValueError: If it cannot; before the training rather than after it.
@@ -20,7 +24,7 @@ def check_writable(path: Path) -> None:
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
-        ...     check_writable(Path(folder) / "model.onnx")
+        ...     check_writable(Path(folder) / "model.onnx", "OnnxExport")
     """
     try:
         if path.is_dir():
@@ -29,8 +33,13 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"`OnnxExport` cannot write {path}: {error.strerror or error}. Choose a path in a folder you may write to."
+            f"`{owner}` cannot write {path}: {error.strerror or error}. Choose a path in a folder you may write to."
         ) from error
+
+
+def writes_nothing(trainer: pl.Trainer) -> bool:
+    """Tell whether a run leaves no files behind."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def marked_incomplete(path: Path) -> Path:

@@ -7,10 +7,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -19,9 +18,15 @@ from typing_extensions import override
 from lightning_compress.callbacks.channel_pruning import STATE_KEY as CHANNELS_KEY
 from lightning_compress.callbacks.checkpoint import attached_state
 from lightning_compress.callbacks.clock import completed_steps
-from lightning_compress.callbacks.complete_weights import best_complete_checkpoint
+from lightning_compress.callbacks.complete_weights import Weights, chosen_weights
 from lightning_compress.callbacks.compressor import Exporter, ended_early, has_begun, is_complete
-from lightning_compress.callbacks.export_paths import check_writable, keep_weights, kept_weights, marked_incomplete
+from lightning_compress.callbacks.export_paths import (
+    check_writable,
+    keep_weights,
+    kept_weights,
+    marked_incomplete,
+    writes_nothing,
+)
 from lightning_compress.callbacks.file_metric import FileForward
 from lightning_compress.callbacks.forward_tap import ForwardTap
 from lightning_compress.callbacks.own_validation import own_trainer, validated, validation_loaders
@@ -98,7 +103,7 @@ class OnnxExport(Exporter):
         self,
         path: str | os.PathLike[str],
         *,
-        weights: Literal["last", "best"] = "last",
+        weights: Weights = "last",
         metric: str | None = None,
         module: str | None = None,
         latency: bool = True,
@@ -134,9 +139,9 @@ class OnnxExport(Exporter):
         check_trainer(trainer, self)
         self._random = attach_random_state(pl_module)
         import_onnxruntime()
-        if trainer.is_global_zero and not _writes_nothing(trainer):
+        if trainer.is_global_zero and not writes_nothing(trainer):
             for path in (self.path, self.path.with_name("report.json"), self.path.with_name("report.png")):
-                check_writable(path)
+                check_writable(path, "OnnxExport")
             remove_leftovers(kept_weights(self.path))
 
     @override
@@ -250,7 +255,7 @@ class OnnxExport(Exporter):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        if _writes_nothing(trainer):
+        if writes_nothing(trainer):
             rank_zero_info(f"`OnnxExport` writes nothing in a `fast_dev_run`: {self.path} is left as it is.")
             return
         self._target, self._notes = self.path, []
@@ -316,7 +321,7 @@ class OnnxExport(Exporter):
             )
         with ProgressLine("OnnxExport") as progress:
             progress.tell("choosing the weights")
-            chosen = self._chosen(trainer, pl_module)
+            chosen = chosen_weights(trainer, pl_module, self.weights, "OnnxExport")
             calls = _at_most(self._calls, VERIFY_SAMPLES)
             network = self._shrunk(chosen, calls, progress)
             try:
@@ -428,25 +433,6 @@ class OnnxExport(Exporter):
         vars(module.get_submodule(self._called))["forward"] = FileForward(self._target, self.result)
         return validated(own_trainer(trainer), module, validation_loaders(trainer), self.metric)
 
-    def _chosen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
-        if self.weights == "last":
-            return pl_module
-        found = best_complete_checkpoint(trainer)
-        if found is None and not is_complete(trainer):
-            return pl_module  # as a warning has told
-        if found is None:
-            rank_zero_warn(
-                "No checkpoint of the Trainer's `ModelCheckpoint` had reached the full compression, so the last "
-                'weights are exported. For `OnnxExport(weights="best")` let the Trainer keep checkpoints by a '
-                "`monitor` after pruning and quantization have finished their schedules."
-            )
-            return pl_module
-        chosen = copy_of(pl_module)
-        checkpoint = torch.load(found, map_location="cpu", weights_only=False)
-        chosen.on_load_checkpoint(checkpoint)
-        chosen.load_state_dict(checkpoint["state_dict"])
-        return chosen
-
     def _plot(self, path: Path) -> None:
         assert self.report is not None
         assert self.report.statistics is not None
@@ -471,10 +457,6 @@ class _Listener(pl.Callback):
         self.export.on_validation_batch_end(trainer, *args, **kwargs)
         # A metric is one of all batches.
         trainer.should_stop = self.export.metric is None and not self.export._wants_more()
-
-
-def _writes_nothing(trainer: pl.Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def _layer_bits(network: nn.Module) -> dict[str, int]:

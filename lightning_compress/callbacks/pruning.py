@@ -20,10 +20,10 @@ from lightning_compress.pruning.state import PruningState
 from lightning_compress.pruning.weights import (
     check_pattern_fits,
     input_dims,
-    prunable_weights,
     sparsity,
     sparsity_by_layer,
 )
+from lightning_compress.selection import plain_weights
 from lightning_compress.settings import plain
 
 STATE_KEY = "pruning"
@@ -126,11 +126,11 @@ class MagnitudePruning(GradualCompressor):
 
     def counted_sparsity(self, pl_module: nn.Module) -> float:
         """Return the fraction of zeros among the selected weights of ``pl_module``, counted from the tensors."""
-        return sparsity(prunable_weights(pl_module, self.exclude))
+        return sparsity(plain_weights(pl_module, self.exclude))
 
     def sparsity_by_layer(self, pl_module: nn.Module) -> dict[str, float]:
         """Return the fraction of zeros of each selected layer of ``pl_module``, counted from the tensors."""
-        return sparsity_by_layer(prunable_weights(pl_module, self.exclude))
+        return sparsity_by_layer(plain_weights(pl_module, self.exclude))
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -199,7 +199,7 @@ class MagnitudePruning(GradualCompressor):
         self._counted = sparsity(weights)
 
     def _select_layers(self, pl_module: pl.LightningModule) -> None:
-        layers = tuple(prunable_weights(pl_module, self.exclude))
+        layers = tuple(plain_weights(pl_module, self.exclude))
         if not layers:
             raise CompressionError(
                 f"`{type(pl_module).__name__}` has no convolution or linear layer to prune. "

@@ -20,10 +20,9 @@ from lightning_compress.copying import copy_of
 from lightning_compress.pruning.channels.groups import find_channel_groups
 from lightning_compress.pruning.channels.importance import Importance, channel_importance
 from lightning_compress.pruning.channels.places import ChannelGroup, removed_places
-from lightning_compress.quantization.roles import TRANSPOSED_LAYERS
 from lightning_compress.quantization.weights import WeightQuantizer
 from lightning_compress.report.sensitivity import SensitivityReport, SensitivityRow
-from lightning_compress.selection import weight_layers
+from lightning_compress.selection import TRANSPOSED_LAYERS, weight_layers
 
 
 def sensitivity(

@@ -3,7 +3,7 @@
 from lightning_compress.pruning.magnitude import Scope, magnitude_mask, magnitude_masks
 from lightning_compress.pruning.pattern import pattern_mask, pattern_masks, pattern_sparsity
 from lightning_compress.pruning.state import PruningState, apply_masks_, clear_optimizer_state_
-from lightning_compress.pruning.weights import check_pattern_fits, prunable_weights, sparsity, sparsity_by_layer
+from lightning_compress.pruning.weights import check_pattern_fits, sparsity, sparsity_by_layer
 
 __all__ = [
     "PruningState",
@@ -16,7 +16,6 @@ __all__ = [
     "pattern_mask",
     "pattern_masks",
     "pattern_sparsity",
-    "prunable_weights",
     "sparsity",
     "sparsity_by_layer",
 ]

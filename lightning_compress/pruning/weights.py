@@ -7,51 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from lightning_compress.errors import CompressionError
-from lightning_compress.selection import weight_layers
-
-TRANSPOSED_LAYERS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-def prunable_weights(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-    """Return the weights of the convolution and linear layers of ``model``, a shared weight once.
-
-    Args:
-        model: Any module.
-        exclude: Patterns of layer names to leave out, see :func:`lightning_compress.selection.match_names`.
-
-    Returns:
-        Parameters by layer name; a weight that several layers share stands under the first of them.
-
-    Raises:
-        ValueError: If a pattern matches no layer.
-        CompressionError: If a weight is not a plain initialized parameter.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
-        >>> [(name, tuple(weight.shape)) for name, weight in prunable_weights(net).items()]
-        [('0', (8, 3, 3, 3)), ('3', (2, 8))]
-    """
-    weights: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for name, layer in weight_layers(model, exclude).items():
-        weight = dict(layer.named_parameters(recurse=False)).get("weight")
-        if weight is None:
-            raise CompressionError(
-                f"The weight of layer `{name}` is computed from other parameters (a parametrization or a weight norm) "
-                f'and cannot be pruned in place. Remove the parametrization, or leave it out with `exclude=["{name}"]`.'
-            )
-        if is_lazy(weight):
-            raise CompressionError(
-                f"Layer `{name}` is lazy and has no weight yet. "
-                "Run one batch through the model before the fit to give it its shape."
-            )
-        if id(weight) not in seen:
-            seen.add(id(weight))
-            weights[name] = weight
-    return weights
+from lightning_compress.selection import TRANSPOSED_LAYERS
 
 
 def check_pattern_fits(model: nn.Module, names: Sequence[str], pattern: tuple[int, int]) -> None:

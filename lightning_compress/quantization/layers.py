@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lightning_compress.graph import StandIn
 from lightning_compress.quantization.batchnorm import INT32_LIMIT, norm_factor_and_offset
-from lightning_compress.quantization.roles import TRANSPOSED_LAYERS
 from lightning_compress.quantization.sites import QuantizerSite
 from lightning_compress.quantization.weights import along_axis
+from lightning_compress.selection import TRANSPOSED_LAYERS
 
 if TYPE_CHECKING:
     from lightning_compress.quantization.state import Quantization

@@ -20,7 +20,6 @@ from lightning_compress.quantization.roles import (
     LINEAR_FUNCTIONS,
     QUANTIZABLE_LAYERS,
     TRANSPOSED_FUNCTIONS,
-    TRANSPOSED_LAYERS,
     WEIGHTED_FUNCTIONS,
     Role,
     clamp_bounds,
@@ -28,7 +27,7 @@ from lightning_compress.quantization.roles import (
     role,
 )
 from lightning_compress.quantization.scheme import Scheme
-from lightning_compress.selection import match_names
+from lightning_compress.selection import TRANSPOSED_LAYERS, match_names
 
 WeightKey = int | fx.Node
 """What holds a quantized weight: the identity of a layer, or the node of a function call."""

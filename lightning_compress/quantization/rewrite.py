@@ -35,9 +35,10 @@ from lightning_compress.quantization.layers import (
 )
 from lightning_compress.quantization.placement import Place, Placement, WeightKey
 from lightning_compress.quantization.rewritten_graph import Edits, RewrittenGraph
-from lightning_compress.quantization.roles import TRANSPOSED_FUNCTIONS, TRANSPOSED_LAYERS
+from lightning_compress.quantization.roles import TRANSPOSED_FUNCTIONS
 from lightning_compress.quantization.sites import AttentionSites, QuantizerSite
 from lightning_compress.quantization.weights import WeightQuantizer
+from lightning_compress.selection import TRANSPOSED_LAYERS
 
 if TYPE_CHECKING:
     from lightning_compress.quantization.state import Quantization

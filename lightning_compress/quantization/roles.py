@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from lightning_compress.graph import Operation, is_operator
+from lightning_compress.selection import TRANSPOSED_LAYERS
 
 Role = Literal[
     "source",
@@ -34,9 +35,6 @@ integers when all they read and write is quantized. ``product``: a matrix produc
 them with a softmax in between. ``transparent``: moves or picks values, so its result lies on the grid of what it read.
 ``scalar``: yields no tensor. ``float``: all else.
 """
-
-TRANSPOSED_LAYERS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-"""Layers whose weights have the output channels second."""
 
 QUANTIZABLE_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *TRANSPOSED_LAYERS)
 """Layers whose weights are quantized."""

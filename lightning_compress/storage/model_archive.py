@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from lightning_compress.errors import ArchiveError
@@ -15,7 +16,7 @@ from lightning_compress.quantization import quantization_of
 from lightning_compress.storage.archive import ArchiveReader, write_archive
 from lightning_compress.storage.coding import Coder
 from lightning_compress.storage.size import ArchiveSize
-from lightning_compress.storage.tensors import IntegerWeight
+from lightning_compress.storage.tensors import IntegerWeight, as_words
 
 CHANNELS = "lightning_compress.channels"
 """Under which name of the metadata the channels lie that a shrunk network has kept."""
@@ -33,8 +34,9 @@ def save_compressed(
 
     Each tensor is written in the form that takes the fewest bytes: as it is, without its zeros (gaps of fixed-width
     runs), as indices into a table of shared values, or as integers with scales; then gaps and indices are coded. Every
-    value comes back as it was, but for the sign of zeros. A network that is quantized is written as it computes: with
-    rounded weights. Source: Han, Mao & Dally 2016, "Deep Compression", arXiv:1510.00149.
+    value comes back as it was, but for the sign of zeros; the file is read back to check that. A network that is
+    quantized is written as it computes: with rounded weights. Source: Han, Mao & Dally 2016, "Deep Compression",
+    arXiv:1510.00149.
 
     Args:
         model: A model, or a state dict.
@@ -52,6 +54,7 @@ def save_compressed(
         MissingExtraError: If ``"ans"`` is asked for and its library is not installed.
 
     Example:
+        >>> import torch
         >>> from tempfile import TemporaryDirectory
         >>> net = nn.Linear(100, 100)
         >>> with torch.no_grad():
@@ -73,7 +76,12 @@ def save_compressed(
             {name: {side: list(kept) for side, kept in on.items()} for name, on in channels.items()}
         )
     shipped = {name: integers[name].values() if name in integers else tensor for name, tensor in tensors.items()}
-    return write_archive(shipped, path, coders=coders, integers=integers, metadata=text)
+    size = write_archive(shipped, path, coders=coders, integers=integers, metadata=text)
+    with ArchiveReader(path) as archive:
+        for name, tensor in archive:
+            if not np.array_equal(as_words(name, tensor), as_words(name, shipped[name])):
+                raise ArchiveError(f"{os.fspath(path)} does not give back `{name}` as it was written: do not use it.")
+    return size
 
 
 def load_compressed(
@@ -96,6 +104,7 @@ def load_compressed(
         MissingExtraError: If it was written with a library that is not installed.
 
     Example:
+        >>> import torch
         >>> from tempfile import TemporaryDirectory
         >>> first, second = nn.Linear(3, 2), nn.Linear(3, 2)
         >>> with TemporaryDirectory() as folder:

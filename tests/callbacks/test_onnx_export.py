@@ -229,7 +229,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_training(name: st
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write") as caught:
-        check_writable(tmp_path / "file" / "model.onnx")
+        check_writable(tmp_path / "file" / "model.onnx", "OnnxExport")
     assert str(caught.value).endswith("Choose a path in a folder you may write to.")
 
 

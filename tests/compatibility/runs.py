@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress import MagnitudePruning, OnnxExport, QuantizationAwareTraining, strip
 from lightning_compress.copying import copy_of
-from lightning_compress.pruning.weights import prunable_weights
+from lightning_compress.selection import plain_weights
 from tests.training import all_callbacks, quiet_trainer
 from tests.user_modules import Images, LayersOnSelf, loader
 
@@ -80,7 +80,7 @@ def fit(
 
 def assert_compressed(run: Run) -> None:
     """The full sparsity to one weight, everything quantized, and a file that computes what the network computes."""
-    weights = prunable_weights(run.module)
+    weights = plain_weights(run.module)
     n_zeros = sum(int((weight == 0).sum()) for weight in weights.values())
     assert n_zeros == round(SPARSITY * sum(weight.numel() for weight in weights.values()))
     assert run.pruning.complete

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from benchmarks.kill_and_resume import is_equal
 from lightning_compress import MagnitudePruning, QuantizationAwareTraining, strip
 from lightning_compress.errors import CompressionError
-from lightning_compress.pruning.weights import prunable_weights
 from lightning_compress.quantization import quantization_of
+from lightning_compress.selection import plain_weights
 from tests.compatibility.runs import (
     LIGHTNING_NOISE,
     SPARSITY,
@@ -708,7 +708,7 @@ class ScheduleFree(LayersOnSelf):
         self.optimizers().optimizer.eval()  # type: ignore[union-attr]
 
     def on_validation_epoch_end(self) -> None:
-        self.zeros = sum(int((weight == 0).sum()) for weight in prunable_weights(self).values())
+        self.zeros = sum(int((weight == 0).sum()) for weight in plain_weights(self).values())
 
     def on_validation_end(self) -> None:
         self.optimizers().optimizer.train()  # type: ignore[union-attr]
@@ -722,4 +722,4 @@ class ScheduleFree(LayersOnSelf):
 def test_weights_that_are_swapped_for_evaluation_are_masked(tmp_path: Path) -> None:
     run = fit(tmp_path, module := ScheduleFree())
     assert_compressed(run)
-    assert module.zeros == round(SPARSITY * sum(weight.numel() for weight in prunable_weights(module).values()))
+    assert module.zeros == round(SPARSITY * sum(weight.numel() for weight in plain_weights(module).values()))

@@ -7,27 +7,28 @@ import torch
 from torch import nn
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.pruning import check_pattern_fits, prunable_weights, sparsity, sparsity_by_layer
+from lightning_compress.pruning import check_pattern_fits, sparsity, sparsity_by_layer
 from lightning_compress.pruning.weights import input_dims
+from lightning_compress.selection import plain_weights
 
 
 def test_weights_of_convolutions_and_linear_layers_are_chosen_and_nothing_else() -> None:
     net = nn.Sequential(
         nn.Conv1d(1, 2, 3), nn.BatchNorm1d(2), nn.ConvTranspose2d(1, 2, 3), nn.LayerNorm(4), nn.Linear(3, 4)
     )
-    assert list(prunable_weights(net)) == ["0", "2", "4"]
-    assert prunable_weights(net)["4"] is net[4].weight
+    assert list(plain_weights(net)) == ["0", "2", "4"]
+    assert plain_weights(net)["4"] is net[4].weight
 
 
 def test_a_shared_weight_is_counted_once() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
     net[2].weight = net[0].weight
-    assert list(prunable_weights(net)) == ["0", "1"]
+    assert list(plain_weights(net)) == ["0", "1"]
 
 
 def test_excluded_layers_are_left_out() -> None:
     net = nn.ModuleDict({"body": nn.Sequential(nn.Linear(2, 2)), "head": nn.Linear(2, 2)})
-    assert list(prunable_weights(net, exclude=["body"])) == ["head"]
+    assert list(plain_weights(net, exclude=["body"])) == ["head"]
 
 
 @pytest.mark.parametrize(
@@ -36,16 +37,16 @@ def test_excluded_layers_are_left_out() -> None:
 def test_a_computed_weight_is_refused(wrap: partial[nn.Module]) -> None:
     net = nn.ModuleDict({"normed": wrap(nn.Linear(2, 2))})
     with pytest.raises(CompressionError, match="normed") as caught:
-        prunable_weights(net)
+        plain_weights(net)
     assert str(caught.value) == (
         "The weight of layer `normed` is computed from other parameters (a parametrization or a weight norm) "
-        'and cannot be pruned in place. Remove the parametrization, or leave it out with `exclude=["normed"]`.'
+        'and cannot be changed in place. Remove the parametrization, or leave it out with `exclude=["normed"]`.'
     )
 
 
 def test_a_lazy_layer_is_refused() -> None:
     with pytest.raises(CompressionError, match="lazy") as caught:
-        prunable_weights(nn.Sequential(nn.LazyLinear(2)))
+        plain_weights(nn.Sequential(nn.LazyLinear(2)))
     assert str(caught.value) == (
         "Layer `0` is lazy and has no weight yet. Run one batch through the model before the fit to give it its shape."
     )

@@ -1,0 +1,109 @@
+"""`Archive`: the weights in one small file at fit end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from lightning_compress.callbacks.channel_pruning import STATE_KEY as CHANNELS_KEY
+from lightning_compress.callbacks.checkpoint import attached_state
+from lightning_compress.callbacks.complete_weights import Weights, chosen_weights
+from lightning_compress.callbacks.compressor import Exporter, ended_early, is_complete
+from lightning_compress.callbacks.export_paths import (
+    check_writable,
+    keep_weights,
+    kept_weights,
+    marked_incomplete,
+    writes_nothing,
+)
+from lightning_compress.callbacks.shrinking import shrink
+from lightning_compress.callbacks.trainers import check_trainer
+from lightning_compress.pruning.channels.state import ChannelState
+from lightning_compress.storage import ArchiveSize, save_compressed
+from lightning_compress.storage.coding import CODERS, Coder
+from lightning_compress.unfinished import remove_leftovers
+
+
+class Archive(Exporter):
+    """Write the weights of the trained module to one small file when the fit ends, read it back, and report its size.
+
+    Pruned, clustered and quantized weights take what they hold, see `save_compressed`; masked channels are left out.
+    `load_compressed(path, model)` gives a fresh module of the same class the weights that computed at the end of the
+    fit. The file is written on rank 0. Where the fit ends before the full compression, it goes to
+    ``<stem>.incomplete<suffix>``. Where writing fails, the trained weights are saved next to it as ``<name>.ckpt``.
+
+    Args:
+        path: The file to write; its folder is made where missing.
+        weights: ``"last"``, or ``"best"``: the best checkpoint of the Trainer's `ModelCheckpoint` among those that
+            had reached the full compression.
+        coders: What to try for gaps and indices, see `save_compressed`.
+
+    Raises:
+        ValueError: If ``weights`` is none of the two, or a coder is unknown.
+
+    Attributes:
+        size: What every tensor takes after each stage; None before the fit has ended.
+
+    Example:
+        >>> archive = Archive("model.lcz")
+        >>> trainer = pl.Trainer(max_epochs=3, callbacks=[archive], logger=False)  # trainer.fit(model, data)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        weights: Weights = "last",
+        coders: Sequence[Coder] = ("fixed", "huffman"),
+    ) -> None:
+        super().__init__()
+        if weights not in ("last", "best"):
+            raise ValueError(f'`weights` must be "last" or "best", got {weights!r}.')
+        unknown = [coder for coder in coders if coder not in CODERS]
+        if unknown or not coders:
+            raise ValueError(f"`coders` must be some of {', '.join(CODERS)}, got {list(coders)}.")
+        self.path = Path(path)
+        self.weights: Weights = weights
+        self.coders = tuple(coders)
+        self.size: ArchiveSize | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        check_trainer(trainer, self)
+        if trainer.is_global_zero and not writes_nothing(trainer):
+            check_writable(self.path, "Archive")
+            remove_leftovers(kept_weights(self.path))
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        if writes_nothing(trainer):
+            rank_zero_info(f"`Archive` writes nothing in a `fast_dev_run`: {self.path} is left as it is.")
+            return
+        path = self.path
+        if not is_complete(trainer):
+            path = marked_incomplete(path)
+            rank_zero_warn(f"{ended_early(trainer)} The weights go to {path}; {self.path} is left as it is.")
+        try:
+            self._write(trainer, pl_module, path)
+        except BaseException:
+            keep_weights(trainer, pl_module, kept_weights(path))
+            raise
+
+    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> None:
+        chosen = chosen_weights(trainer, pl_module, self.weights, "Archive")
+        channels, module, record = attached_state(chosen, CHANNELS_KEY, ChannelState), chosen, None
+        if channels is not None and channels.has_removed:
+            small, record = shrink(chosen)
+            assert isinstance(small, pl.LightningModule)
+            module = small
+        self.size = save_compressed(module, path, coders=self.coders, channels=record)
+        print(f"\n{path}\n{self.size.to_text()}")
