@@ -131,3 +131,40 @@ def teacher(width: int = 48, *, in_channels: int = 1, n_classes: int = 10) -> Re
         stem_channels=width // 2,
         stem_stride=2,
     )
+
+
+def lenet_300_100(n_classes: int = 10, in_features: int = 784) -> nn.Sequential:
+    """Return LeNet-300-100 (LeCun et al. 1998): two hidden layers, 266,610 parameters for 28x28 images.
+
+    Example:
+        >>> sum(parameter.numel() for parameter in lenet_300_100().parameters())
+        266610
+    """
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(in_features, 300),
+        nn.ReLU(),
+        nn.Linear(300, 100),
+        nn.ReLU(),
+        nn.Linear(100, n_classes),
+    )
+
+
+def lenet_5(n_classes: int = 10, pixels: int = 28) -> nn.Sequential:
+    """Return LeNet-5 as Caffe has it, and the papers on pruning: 431,080 parameters for 28x28 images.
+
+    Example:
+        >>> sum(parameter.numel() for parameter in lenet_5().parameters())
+        431080
+    """
+    size = ((pixels - 4) // 2 - 4) // 2
+    return nn.Sequential(
+        nn.Conv2d(1, 20, 5),
+        nn.MaxPool2d(2),
+        nn.Conv2d(20, 50, 5),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(50 * size**2, 500),
+        nn.ReLU(),
+        nn.Linear(500, n_classes),
+    )
