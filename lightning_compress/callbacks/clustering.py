@@ -48,7 +48,8 @@ class WeightClustering(GradualCompressor):
     of the module. `save_compressed`, `Archive` and the exported ONNX file keep a table of values and small indices.
 
     Args:
-        n_clusters: Values of a codebook besides zero, 2 to 4096; 16 take four bits a weight, 256 take eight.
+        n_clusters: Values of a codebook besides zero, 2 to 4096. In an ONNX file up to 16 values take four bits a
+            weight, and up to 256 eight, the zero of pruned weights counted.
         start: When the weights are clustered: a share of the run (float) or optimizer steps (int).
         per: What shares a codebook: a ``"layer"``, an output ``"channel"``, or a ``"group"`` of output channels.
         group_size: Output channels of a group.

@@ -39,7 +39,6 @@ from lightning_compress.errors import CompressionError, MissingExtraError
 from lightning_compress.export import ExportResult, export_onnx
 from lightning_compress.export.arguments import CallArguments, plain_tensor, tensors_of
 from lightning_compress.export.onnx import write_onnx
-from lightning_compress.export.packing import storage_note
 from lightning_compress.export.parts import UnexportableError
 from lightning_compress.export.session import import_onnxruntime, open_session
 from lightning_compress.processes import odd_ranks
@@ -376,10 +375,10 @@ class OnnxExport(Exporter):
         progress.tell("counting")
         with tempfile.TemporaryDirectory() as folder:
             float_path = self._target
-            if is_integer or whole is not network:
+            if is_integer or whole is not network or self.result.shared:
                 progress.tell("writing the fp32 file to compare with")
                 float_path = Path(folder) / "fp32.onnx"
-                write_onnx(strip(copy_of(whole)), example, float_path)
+                write_onnx(strip(copy_of(whole)), example, float_path, shares_values=False)
             latency = None
             if self.latency:
                 files = {"fp32": float_path}
@@ -397,7 +396,7 @@ class OnnxExport(Exporter):
         statistics = model_statistics(
             strip(copy_of(network)), example.args, example.kwargs, bits=bits if is_integer else None
         )
-        notes = [*self._notes, storage_note(self.result.packed)]
+        notes = [*self._notes, *self.result.notes]
         if whole is not network:
             before = model_statistics(strip(copy_of(whole)), example.args, example.kwargs)
             notes.append(

@@ -33,6 +33,7 @@ from lightning_compress.export.parity import ParityReport, compare_outputs, firs
 from lightning_compress.export.parts import UnexportableError, exportable_part, obstacle, untranslated
 from lightning_compress.export.program import output_names, to_onnx
 from lightning_compress.export.session import import_onnxruntime, open_session, run_session
+from lightning_compress.export.sharing import share_values_, sharing_note
 from lightning_compress.export.translation import keep_in_float_, rename_, turn_weights_
 from lightning_compress.quantization import quantization_of
 from lightning_compress.quantization.state import check_finite_weights
@@ -59,6 +60,7 @@ class ExportResult:
         audit: What ONNX Runtime runs in integers.
         output_spec: How the forward nests its outputs, as a spec of torch's pytree.
         packed: How many weights are stored with how many bits, for those with fewer than 8.
+        shared: How many weights are stored as indices of how many bits into a table of values.
     """
 
     path: Path
@@ -69,12 +71,16 @@ class ExportResult:
     audit: AuditReport
     output_spec: Any
     packed: Mapping[int, int] = field(default_factory=dict)
+    shared: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a runtime makes of how the weights are stored, in sentences."""
+        return tuple(note for note in (storage_note(self.packed), sharing_note(self.shared)) if note)
 
     def to_text(self) -> str:
         """Return the result as a few lines."""
-        note = storage_note(self.packed)
-        lines = [str(self.path), f"parity on {self.parity.to_text()}", self.audit.to_text(), *([note] if note else [])]
-        return "\n".join(lines)
+        return "\n".join([str(self.path), f"parity on {self.parity.to_text()}", self.audit.to_text(), *self.notes])
 
 
 def export_onnx(
@@ -144,6 +150,7 @@ def export_onnx(
         audit(path, _feeds(model, *batches[0])),
         written.output_spec,
         written.packed,
+        written.shared,
     )
 
 
@@ -168,15 +175,19 @@ class WrittenFile:
     output_step: float | None
     output_spec: Any
     packed: Mapping[int, int]
+    shared: Mapping[int, int]
 
 
-def write_onnx(model: nn.Module, example_inputs: Inputs, path: str | os.PathLike[str]) -> WrittenFile:
+def write_onnx(
+    model: nn.Module, example_inputs: Inputs, path: str | os.PathLike[str], *, shares_values: bool = True
+) -> WrittenFile:
     """Write ``model`` to a checked ONNX file without running it; `export_onnx` also proves it.
 
     Args:
         model: Any module.
         example_inputs: Inputs of the forward, as of `export_onnx`.
         path: Where to write.
+        shares_values: Whether weights with few different values are stored as a table and indices.
 
     Returns:
         The file with the names of its inputs and outputs.
@@ -203,6 +214,7 @@ def write_onnx(model: nn.Module, example_inputs: Inputs, path: str | os.PathLike
     keep_in_float_(proto.graph)
     turn_weights_(proto.graph)
     packed = pack_weights_(proto)
+    shared = share_values_(proto) if shares_values else {}
     write_model(proto, Path(path))
     return WrittenFile(
         Path(path),
@@ -212,6 +224,7 @@ def write_onnx(model: nn.Module, example_inputs: Inputs, path: str | os.PathLike
         min(steps) if steps else None,
         pytree.tree_structure(outputs),
         packed,
+        shared,
     )
 
 

@@ -48,7 +48,7 @@ def pack_weights_(proto: onnx.ModelProto) -> dict[int, int]:
             continue
         stored, _, _, bits, needed = smallest
         name = initializer.name
-        initializer.CopyFrom(_packed(values, name, stored, bits))
+        initializer.CopyFrom(packed_integers(values, name, stored, bits))
         unpacked = f"{name}.int8"
         for node in graph.node:
             for position, read in enumerate(node.input):
@@ -59,7 +59,7 @@ def pack_weights_(proto: onnx.ModelProto) -> dict[int, int]:
         )
         counts[bits] += 1
         opset = max(opset, needed)
-    _raise_opset_(proto, opset)
+    raise_opset_(proto, opset)
     return dict(counts)
 
 
@@ -80,7 +80,7 @@ the speed that of int8.'
     )
 
 
-def _packed(values: np.ndarray, name: str, stored: int, bits: int) -> TensorProto:
+def packed_integers(values: np.ndarray, name: str, stored: int, bits: int) -> TensorProto:
     """Return ``values`` with several integers a byte, the first in the lowest bits, as ONNX lays them out."""
     per_byte = 8 // bits
     flat = values.flatten().astype(np.uint8) & (2**bits - 1)
@@ -89,7 +89,8 @@ def _packed(values: np.ndarray, name: str, stored: int, bits: int) -> TensorProt
     return TensorProto(name=name, data_type=stored, dims=values.shape, raw_data=np.asarray(joined, np.uint8).tobytes())
 
 
-def _raise_opset_(proto: onnx.ModelProto, opset: int) -> None:
+def raise_opset_(proto: onnx.ModelProto, opset: int) -> None:
+    """Let ``proto`` use the operators of ``opset`` where those of its own are older."""
     # What the operators here do did not change between these opsets; they only take more types.
     for entry in proto.opset_import:
         if entry.domain == "" and entry.version < opset:
