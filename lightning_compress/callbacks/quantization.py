@@ -57,7 +57,9 @@ class QuantizationAwareTraining(Compressor):
     the module. The phase is logged as ``compress/quantization_phase``: 0 float, 1 observing, 2 quantized, 3 frozen.
 
     Args:
-        weight_bits: Bits of weights, 2 to 8.
+        weight_bits: Bits of weights, 1 to 8: 2 are ternary (-1, 0, 1), and 1 is binary: signs, with the mean magnitude
+            of each output channel (Rastegari et al. 2016, arXiv:1603.05279); the weights behind them are kept within
+            [-1, 1] (Courbariaux et al. 2016, arXiv:1602.02830).
         activation_bits: Bits of the activations that layers and matrix products read, 2 to 8. Inputs and results of
             the network keep 8, and so does what only additions and poolings read: no runtime has kernels below that.
         start: When rounding begins: a share of the run (float) or optimizer steps (int).
@@ -283,6 +285,8 @@ class QuantizationAwareTraining(Compressor):
             quantization.ranges.update()
             if len(quantization.ranges.unseen()) == len(quantization.ranges.names):
                 raise self._never_called(pl_module)
+        if quantization.is_quantizing:
+            quantization.clip_binary_()
         if quantization.is_learning:
             quantization.update_steps(self._share_left(step - 1))
             if was_observing:

@@ -208,7 +208,8 @@ class _Rewriter:
 
     def _add_weight(self, key: WeightKey, is_transposed: bool) -> None:
         place = self.placement.weights[key]
-        method = self.state.scheme.method(place.bits)
+        # The scale of signs is known: nothing of it is sought or learned.
+        method = self.state.scheme.method(place.bits) if place.bits > 1 else "minmax"
         self.state.weights.setdefault(place.name, WeightQuantizer(place.bits, 1 if is_transposed else 0, method))
 
     def _weight(self, key: WeightKey) -> RoundedWeight:

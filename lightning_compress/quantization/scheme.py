@@ -22,7 +22,7 @@ class LayerSettings:
     """Bits of one layer.
 
     Attributes:
-        weight_bits: Bits of its weight, 2 to 8.
+        weight_bits: Bits of its weight, 1 to 8.
         activation_bits: Bits of the value it reads, 2 to 8; where several layers read a value, the most of them.
     """
 
@@ -35,7 +35,7 @@ class Scheme:
     """How a model is quantized.
 
     Args:
-        weight_bits: Bits of weights, 2 to 8.
+        weight_bits: Bits of weights, 1 to 8: 2 are ternary (-1, 0, 1), 1 is binary, see `binary_weight`.
         activation_bits: Bits of the activations that layers and matrix products read, 2 to 8; inputs and results of the
             model keep 8, and so does what only additions and poolings read.
         exclude: Patterns of layer names that stay in float.
@@ -72,7 +72,7 @@ class Scheme:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             object.__setattr__(self, name, plain(value))
-        check_bits("weight_bits", self.weight_bits)
+        check_bits("weight_bits", self.weight_bits, least=1)
         check_bits("activation_bits", self.activation_bits)
         check_bits("edge_bits", self.edge_bits)
         if self.ranges is not None and self.ranges not in RANGE_METHODS:
@@ -85,7 +85,7 @@ class Scheme:
                         f"`overrides` for {pattern!r} has the setting {name!r}; a layer has `weight_bits` and "
                         "`activation_bits`."
                     )
-                check_bits(f"overrides[{pattern!r}][{name!r}]", bits)
+                check_bits(f"overrides[{pattern!r}][{name!r}]", bits, least=1 if name == "weight_bits" else 2)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain types, for a checkpoint."""
@@ -104,7 +104,7 @@ class Scheme:
         """
         found: dict[str, dict[str, Any]] = {}
         for name in names:
-            least = self.edge_bits if name in edges else 2
+            least = self.edge_bits if name in edges else 1
             found[name] = {
                 "weight_bits": max(self.weight_bits, least),
                 "activation_bits": max(self.activation_bits, least),
@@ -127,8 +127,8 @@ class Scheme:
         return self.ranges or ("minmax" if bits >= MIN_MAX_BITS else "learned")
 
 
-def check_bits(name: str, bits: int) -> None:
-    """Check that ``bits`` is an int from 2 to 8.
+def check_bits(name: str, bits: int, least: int = 2) -> None:
+    """Check that ``bits`` is an int from ``least`` to 8.
 
     Raises:
         TypeError: If it is no int.
@@ -141,6 +141,6 @@ def check_bits(name: str, bits: int) -> None:
         ValueError: `weight_bits` must be from 2 to 8, got 16.
     """
     if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(f"`{name}` must be an int from 2 to 8, got {bits!r}.")
-    if not 2 <= bits <= 8:
-        raise ValueError(f"`{name}` must be from 2 to 8, got {bits}.")
+        raise TypeError(f"`{name}` must be an int from {least} to 8, got {bits!r}.")
+    if not least <= bits <= 8:
+        raise ValueError(f"`{name}` must be from {least} to 8, got {bits}.")

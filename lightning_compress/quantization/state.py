@@ -23,6 +23,7 @@ from lightning_compress.graph import (
 )
 from lightning_compress.processes import n_processes, union
 from lightning_compress.quantization import step_sizes
+from lightning_compress.quantization.binary import LARGEST_LATENT
 from lightning_compress.quantization.layers import QuantizedLayerForward
 from lightning_compress.quantization.placement import Placement, PlacementRow, place
 from lightning_compress.quantization.ranges import ActivationRanges
@@ -181,6 +182,15 @@ class Quantization:
         quantizer = self.weights[name]
         if self.is_learning and quantizer.method == "learned" and quantizer.step is None:
             quantizer.step = self.steps.add(WEIGHT_PREFIX + name, quantizer.scales(weight.detach()))
+
+    @torch.no_grad()
+    def clip_binary_(self) -> None:
+        """Keep the weights behind binary ones within [-1, 1]; call it after each optimizer step."""
+        for module in self.model.modules():
+            forward = forward_on(module)
+            if isinstance(forward, QuantizedLayerForward) and self.weights[forward.weight.name].bits == 1:
+                assert isinstance(module.weight, Tensor)
+                module.weight.clamp_(-LARGEST_LATENT, LARGEST_LATENT)
 
     def stop_learning(self) -> None:
         """Keep the step sizes as they are."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.quantization.affine import fake_quantize_weight, integer_weight, weight_scales
+from lightning_compress.quantization.binary import binary_scales, binary_weight
 from lightning_compress.quantization.estimators import RangeMethod
 from lightning_compress.quantization.kept_memory import KeptMemory
 from lightning_compress.quantization.step_sizes import quantize_with_step
@@ -24,7 +25,7 @@ class WeightQuantizer:
     """Rounds a weight to symmetric integers, one scale an output channel.
 
     Args:
-        bits: Bits of a weight, 2 to 8.
+        bits: Bits of a weight, 1 to 8; with 1, weights are their signs times their mean magnitude.
         axis: Dimension of the output channels: 0, or 1 for transposed convolutions.
         method: How scales are found: by the largest weight, or by the least squared error where ``"mse"`` or
             ``"learned"``. ``"percentile"`` is for activations: weights have no outliers in it.
@@ -46,10 +47,12 @@ class WeightQuantizer:
     @property
     def largest(self) -> int:
         """The largest integer; the least is its negative."""
-        return int(2 ** (self.bits - 1) - 1)
+        return max(int(2 ** (self.bits - 1) - 1), 1)
 
     def scales(self, weight: Tensor) -> Tensor:
         """Return the scale of every output channel, float32 of shape (channels,)."""
+        if self.bits == 1:
+            return binary_scales(self._channels_first(weight))
         if self.step is not None:
             return self.step.detach().to(weight.device)
         if self.method in ("mse", "learned"):
@@ -59,7 +62,9 @@ class WeightQuantizer:
     def rounded(self, weight: Tensor) -> Tensor:
         """Return ``weight`` on its grid; gradients pass straight through, and reach the learned scales."""
         channels_first = self._channels_first(weight)
-        if self.step is not None:
+        if self.bits == 1:
+            result = binary_weight(channels_first)
+        elif self.step is not None:
             result = quantize_with_step(channels_first, self.step.to(weight.device), -self.largest, self.largest)
         elif self.method in ("mse", "learned"):
             result = quantize_with_step(channels_first, self.scales(weight), -self.largest, self.largest)
@@ -69,6 +74,8 @@ class WeightQuantizer:
 
     def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``weight`` as int8, output channels first, and the scale of every output channel."""
+        if self.bits == 1:
+            return self._channels_first(weight).detach().sign().to(torch.int8), self.scales(weight)
         if self.step is None and self.method not in ("mse", "learned"):
             return integer_weight(self._channels_first(weight), self.bits)
         scales, rows = self.scales(weight), self._channels_first(weight).detach().float()

@@ -190,7 +190,7 @@ def test_the_phase_is_logged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"weight_bits": 1}, "`weight_bits` must be from 2 to 8, got 1."),
+        ({"weight_bits": 0}, "`weight_bits` must be from 1 to 8, got 0."),
         ({"activation_bits": 9}, "`activation_bits` must be from 2 to 8, got 9."),
         (
             {"start": 1.5},

@@ -69,7 +69,7 @@ def test_low_bits_are_learned_where_nothing_else_is_said(ranges: Any, bits: int,
             ValueError,
             '`ranges` must be one of "minmax", "percentile", "mse", "learned", or None, got \'lsq\'.',
         ),
-        ({"weight_bits": 1}, ValueError, "`weight_bits` must be from 2 to 8, got 1."),
+        ({"weight_bits": 0}, ValueError, "`weight_bits` must be from 1 to 8, got 0."),
         ({"activation_bits": 16}, ValueError, "`activation_bits` must be from 2 to 8, got 16."),
         ({"edge_bits": True}, TypeError, "`edge_bits` must be an int from 2 to 8, got True."),
         (
@@ -80,7 +80,7 @@ def test_low_bits_are_learned_where_nothing_else_is_said(ranges: Any, bits: int,
         (
             {"overrides": {"head": {"weight_bits": 0}}},
             ValueError,
-            "`overrides['head']['weight_bits']` must be from 2 to 8, got 0.",
+            "`overrides['head']['weight_bits']` must be from 1 to 8, got 0.",
         ),
     ],
 )

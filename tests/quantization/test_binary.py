@@ -1,0 +1,128 @@
+"""Binary weights: signs and their magnitude by hand, through training, pruning, export and archive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+from torch import nn
+
+from lightning_compress import MagnitudePruning, OnnxExport, QuantizationAwareTraining, load_compressed, save_compressed
+from lightning_compress.export import export_onnx
+from lightning_compress.quantization.binary import binary_scales, binary_weight
+from lightning_compress.quantization.weights import WeightQuantizer
+from tests.compatibility.runs import LIGHTNING_NOISE, outputs_of
+from tests.small_networks import Residual, images, quantized, warmed
+from tests.training import quiet_trainer
+from tests.user_modules import Images, LayersOnSelf, loader
+
+pytestmark = [pytest.mark.filterwarnings(*LIGHTNING_NOISE)]
+
+
+def test_signs_and_the_mean_magnitude_by_hand() -> None:
+    weight = torch.tensor([[0.5, -1.0, 0.0, 1.5], [0.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    assert binary_scales(weight).tolist() == [1.0, 1.0]
+    rounded = binary_weight(weight)
+    assert rounded.tolist() == [[1.0, -1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
+    (3.0 * rounded).sum().backward()  # type: ignore[no-untyped-call]
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [[3.0, 3.0, 3.0, 0.0], [3.0, 3.0, 3.0, 3.0]]
+
+
+def test_no_other_magnitude_is_nearer() -> None:
+    weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    for row, scale in zip(weight, binary_scales(weight), strict=True):
+        errors = {factor: float((row - factor * scale * row.sign()).square().sum()) for factor in (0.95, 1.0, 1.05)}
+        assert min(errors, key=lambda factor: errors[factor]) == 1.0
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_what_ships_is_what_is_computed(axis: int) -> None:
+    weight = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0))
+    quantizer = WeightQuantizer(bits=1, axis=axis)
+    integers, scales = quantizer.integers(weight)
+    assert set(integers.flatten().tolist()) == {-1, 1}
+    assert scales.shape == (weight.shape[axis],)
+    values = integers.float() * scales[:, None, None]
+    assert torch.equal(values if axis == 0 else values.transpose(0, 1), quantizer.rounded(weight))
+
+
+def test_the_file_runs_in_integers_and_stores_two_bits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = warmed(Residual())
+    quantized(model, weight_bits=1, edge_bits=8)
+    result = export_onnx(
+        model, images(), tmp_path / "model.onnx", verify_inputs=[images(32, seed) for seed in range(3)]
+    )
+    kinds = {tensor.data_type for tensor in onnx.load(result.path).graph.initializer if len(tensor.dims) == 4}
+    assert TensorProto.INT2 in kinds
+    assert all(integer == whole for integer, whole in result.audit.counts().values())
+    size = save_compressed(model, tmp_path / "model.lcz")
+    inner = [tensor for tensor in size.tensors if tensor.n_values == 2]
+    assert inner
+    for tensor in inner:  # one bit a weight, a magnitude an output channel, and what tells of them
+        n_weights = torch.Size(tensor.shape).numel()
+        assert tensor.coded_bits < n_weights + 64 * tensor.shape[0] + 8 * 30
+    weights = load_compressed(tmp_path / "model.lcz")
+    for tensor in inner:
+        rounded = weights[tensor.name].flatten(1)
+        assert torch.equal(rounded.abs().amin(1), rounded.abs().amax(1))
+
+
+class Large(LayersOnSelf):
+    """Its learning rate throws weights far out."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=2.0)
+
+
+def test_weights_behind_the_signs_stay_near_and_pruned_ones_zero(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Large()
+    with torch.no_grad():
+        module.conv2.weight.mul_(20)
+    callbacks = [
+        MagnitudePruning(0.5, end=0.3),
+        QuantizationAwareTraining(weight_bits=1, start=0.4, overrides={"conv2": {"weight_bits": 1}}),
+        OnnxExport(tmp_path / "model.onnx", latency=False),
+    ]
+    trainer = quiet_trainer(tmp_path, callbacks)
+    trainer.fit(module, loader(), loader(16, seed=1))
+    weight = module.conv2.weight
+    assert float(weight.detach().abs().max()) <= 1.0
+    assert bool((weight == 0).any())
+    found = Images(16, seed=3).images
+    with torch.no_grad():
+        torch.testing.assert_close(outputs_of(tmp_path / "model.onnx", found), module.eval()(found), rtol=0, atol=0.05)
+
+
+class Decaying(LayersOnSelf):
+    """Its learning rate ends at zero: signs that flip after batch norms are frozen would shift their inputs."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        n_steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def test_a_network_with_few_channels_learns_with_signs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Decaying(16)
+    trainer = quiet_trainer(tmp_path, [QuantizationAwareTraining(weight_bits=1, edge_bits=8)], max_epochs=12)
+    trainer.fit(module, loader(256, 16), loader(64, seed=1))
+    assert float(trainer.callback_metrics["val_acc"]) > 0.8
+    names = {name for name, bits in _bits(module).items() if bits == 1}
+    assert names == {"conv2"}
+
+
+def _bits(module: nn.Module) -> dict[str, int]:
+    from lightning_compress.quantization import quantization_of
+
+    state = quantization_of(module)
+    assert state is not None
+    return state.layer_bits
