@@ -209,7 +209,7 @@ def test_arguments_out_of_range_are_refused_at_once(arguments: dict[str, Any], s
 def test_bits_must_be_a_whole_number() -> None:
     with pytest.raises(TypeError) as caught:
         QuantizationAwareTraining(weight_bits=4.0)  # type: ignore[arg-type]
-    assert str(caught.value) == "`weight_bits` must be an int from 2 to 8, got 4.0."
+    assert str(caught.value) == "`weight_bits` must be an int from 1 to 8, got 4.0."
 
 
 def refused(folder: Path, callbacks: list[L.Callback], model: L.LightningModule, **settings: Any) -> str:
