@@ -22,10 +22,11 @@ from lightning_compress.callbacks.export_paths import (
     writes_nothing,
 )
 from lightning_compress.callbacks.shrinking import shrink
-from lightning_compress.callbacks.trainers import check_trainer
+from lightning_compress.callbacks.trainers import check_trainer, has_late_layers
 from lightning_compress.pruning.channels.state import ChannelState
 from lightning_compress.storage import ArchiveSize, save_compressed
-from lightning_compress.storage.coding import CODERS, Coder
+from lightning_compress.storage.coding import Coder, check_coders
+from lightning_compress.storage.tensors import check_storable
 from lightning_compress.unfinished import remove_leftovers
 
 
@@ -45,6 +46,7 @@ class Archive(Exporter):
 
     Raises:
         ValueError: If ``weights`` is none of the two, or a coder is unknown.
+        MissingExtraError: If the library of a coder is not installed.
 
     Attributes:
         size: What every tensor takes after each stage; None before the fit has ended.
@@ -64,9 +66,7 @@ class Archive(Exporter):
         super().__init__()
         if weights not in ("last", "best"):
             raise ValueError(f'`weights` must be "last" or "best", got {weights!r}.')
-        unknown = [coder for coder in coders if coder not in CODERS]
-        if unknown or not coders:
-            raise ValueError(f"`coders` must be some of {', '.join(CODERS)}, got {list(coders)}.")
+        check_coders(coders)
         self.path = Path(path)
         self.weights: Weights = weights
         self.coders = tuple(coders)
@@ -77,6 +77,8 @@ class Archive(Exporter):
         if stage != "fit":
             return
         check_trainer(trainer, self)
+        if not has_late_layers(pl_module):
+            check_storable(pl_module.state_dict())
         if trainer.is_global_zero and not writes_nothing(trainer):
             check_writable(self.path, "Archive")
             remove_leftovers(kept_weights(self.path))

@@ -153,7 +153,8 @@ class WeightClustering(GradualCompressor):
         self._check_others_end(trainer)
         self._check_codes_fit(pl_module)
         self._count()
-        if self._last_step >= self._rise.begin_step and not self.complete:
+        overdue = self._last_step >= self._rise.begin_step and not self.complete
+        if overdue and all(other.complete for other in self._others(trainer)):  # else after the first step
             self._update(trainer, pl_module, self._last_step)
 
     @override
@@ -199,11 +200,10 @@ class WeightClustering(GradualCompressor):
 
     @override
     def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        others = self._others(trainer)
-        if not all(other.complete for other in others):
-            return  # one that comes after this callback and ends with this very step
-        for other in others:  # the optimizer's step has moved their zeros
-            other._project(pl_module)
+        for other in self._others(trainer):
+            if not other.complete:  # it comes after this callback, and ends with this very step
+                other._update(trainer, pl_module, step)
+            other._project(pl_module)  # the optimizer's step has moved its zeros
         weights = self._weights(pl_module)
         self._state.clear()
         self._state.codes = {

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_compress.callbacks.checkpoint import attach_state, attached_state
 from lightning_compress.callbacks.clock import completed_steps, total_steps
-from lightning_compress.callbacks.distilled_methods import Wrapper, join_methods, leave_methods
+from lightning_compress.callbacks.distilled_methods import Wrapper, join_batches, join_methods, leave_methods
 from lightning_compress.callbacks.forward_tap import ForwardCall, ForwardTap
 from lightning_compress.callbacks.kept_answers import KeptAnswers
 from lightning_compress.callbacks.learned_adaptors import STATE_KEY, LearnedAdaptors, first_optimizer
@@ -147,6 +147,7 @@ class KnowledgeDistillation(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Freeze the teacher and put the term into the module's step."""
         if stage != "fit":
+            self._wrappers = join_batches(self, trainer, pl_module)
             return
         check_trainer(trainer, self)
         self._release(pl_module)  # what a fit that was cut off may have left
@@ -199,14 +200,14 @@ class KnowledgeDistillation(Callback):
         """Let random numbers go on where a checkpoint left them."""
         self._random.begin(trainer)
         self._total_steps, self._last_step = None, completed_steps(trainer)
-        self._open_cache(trainer.train_dataloader)
+        self._open_cache(trainer.train_dataloader, _dtype_of(pl_module))
         if self._last_step == 0:  # a new run begins with the student as it is now
             for teacher in self._teacher.own:
                 teacher.forget()
 
-    def _open_cache(self, loaders: Any) -> None:
+    def _open_cache(self, loaders: Any, dtype: torch.dtype) -> None:
         layers = sorted({theirs for pairs in self._pairs for theirs in pairs.values()})
-        self._kept.open(loaders, self._output if self._reads_output else False, layers)
+        self._kept.open(loaders, self._output if self._reads_output else False, layers, dtype)
 
     def fill_cache(
         self,
@@ -222,7 +223,7 @@ class KnowledgeDistillation(Callback):
         is asked of. An interrupted call goes on where it ended.
 
         Args:
-            pl_module: The module that will be trained.
+            pl_module: The module that will be trained, in its precision: for ``precision="bf16-true"`` one of bfloat16.
             loader: A loader over the training data, an `IndexedDataset`, whose batch size, workers and collate function
                 are taken over.
             inputs: Takes the arguments of the network out of a batch: a tensor, a tuple, or a dict of keywords. By
@@ -253,9 +254,11 @@ class KnowledgeDistillation(Callback):
         self._teacher.freeze()
         try:
             self._pair_modules(pl_module)
-            self._open_cache(loader)
-            self._teacher.move_to(device, _dtype_of(pl_module))
-            return self._kept.fill(loader, inputs, self._teacher_logits if self._reads_output else None, device)
+            dtype = _dtype_of(pl_module)
+            self._open_cache(loader, dtype)
+            self._teacher.move_to(device, dtype)
+            select = self._teacher_logits if self._reads_output else None
+            return self._kept.fill(loader, inputs, select, device, dtype)
         finally:
             self._kept.close()
             self._teacher.release()

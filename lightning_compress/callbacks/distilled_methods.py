@@ -101,14 +101,20 @@ def join_methods(owner: KnowledgeDistillation, trainer: pl.Trainer, pl_module: p
     Returns:
         The wrappers, to be given to `leave_methods`.
     """
+    wrappers: list[Wrapper] = [wrapper(owner, pl_module, pl_module) for wrapper in _OF_MODULES]
+    for wrapper in wrappers:
+        setattr(wrapper.host, wrapper.method, wrapper)
+    return [*wrappers, *join_batches(owner, trainer, pl_module)]
+
+
+def join_batches(owner: KnowledgeDistillation, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Wrapper]:
+    """Put a wrapper in the place of the first hook that sees a batch, see `join_methods`."""
     data: pl.LightningDataModule | None = getattr(trainer, "datamodule", None)
     # As Lightning chooses whose hook it calls.
     host = data if data is not None and is_overridden(_UnnumberedBatch.method, data) else pl_module
-    wrappers: list[Wrapper] = [wrapper(owner, pl_module, pl_module) for wrapper in _OF_MODULES]
-    wrappers.append(_UnnumberedBatch(owner, host, pl_module))
-    for wrapper in wrappers:
-        setattr(wrapper.host, wrapper.method, wrapper)
-    return wrappers
+    wrapper = _UnnumberedBatch(owner, host, pl_module)
+    setattr(host, wrapper.method, wrapper)
+    return [wrapper]
 
 
 def leave_methods(wrappers: Sequence[Wrapper]) -> None:

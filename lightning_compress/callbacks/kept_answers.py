@@ -63,13 +63,14 @@ class KeptAnswers:
         """Whether answers are kept at all."""
         return self._cache is not None
 
-    def open(self, loaders: Any, output: Any, layers: Sequence[str]) -> None:
+    def open(self, loaders: Any, output: Any, layers: Sequence[str], dtype: torch.dtype) -> None:
         """Open the cache for the data of a run; all processes must call it.
 
         Args:
             loaders: The training loader, or any nesting of several.
             output: How the output is selected, or False where no loss reads it.
             layers: Names of the teacher's modules that are kept too.
+            dtype: Floating-point type of the student, which may be that of its inputs.
 
         Raises:
             CompressionError: If the data do not tell the numbers of their samples, or the cache is that of others.
@@ -89,6 +90,7 @@ class KeptAnswers:
             "views": dataset.views,
             "output": identity_of_function(output) if callable(output) else repr(output),
             "layers": list(layers),
+            "precision": str(dtype),
         }
         self.answers = CachedAnswers(self._cache.folder, dataset.n_entries, identity, self._cache.top_k)
         wait_for_all()  # all have seen whether there is one before any of them makes one
@@ -99,6 +101,7 @@ class KeptAnswers:
         inputs: Callable[[Any], Any] | None,
         select: Callable[[Any], Tensor] | None,
         device: torch.device,
+        dtype: torch.dtype,
     ) -> int:
         """Ask the teacher of every entry that is not filled yet, in order.
 
@@ -108,6 +111,7 @@ class KeptAnswers:
                 for the batch itself, or for the first entry of a tuple or list.
             select: Takes the logits out of the teacher's output; None where no loss reads them.
             device: Where the teacher runs.
+            dtype: What the network's inputs are cast to, where they are floats, as its step will get them.
 
         Returns:
             How many entries the cache has, all of them filled.
@@ -115,15 +119,18 @@ class KeptAnswers:
         dataset = _indexed_dataset(loader)
         assert dataset is not None
         assert self.answers is not None  # `open` was called
+        if loader.batch_sampler is None:
+            raise _single_samples()
         every_entry = DataLoader(
             dataset.entries(),
-            batch_size=loader.batch_size or 1,
+            batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1,
             num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn if loader.batch_size else None,
+            collate_fn=loader.collate_fn,
         )
         for batch in every_entry:
             own_batch, index = without_numbers(move_data_to_device(batch, device))
             found = _first_of(own_batch) if inputs is None else inputs(own_batch)
+            found = pytree.tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, found)
             args, kwargs = ((), found) if isinstance(found, dict) else (_as_tuple(found), {})
             self.answer(args, kwargs, index, select, device)
         return self.answers.n_done
@@ -160,6 +167,8 @@ class KeptAnswers:
                 "answers. Wrap every training data set: `IndexedDataset(dataset)`; with a collate function of your own "
                 "use `collate_fn=partial(collate_indexed, collate=mine)`."
             )
+        if not isinstance(index, Tensor):
+            raise _single_samples()
         tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
         sums = checksums(tensors, len(index))
         found = self.answers.get(index, sums)
@@ -169,6 +178,13 @@ class KeptAnswers:
         assert found is not None
         output = None if found.output is None else found.output.to(device)
         return Answer(output, {name: [v.to(device) for v in values] for name, values in found.features.items()})
+
+
+def _single_samples() -> CompressionError:
+    return CompressionError(
+        "The training loader gives single samples (`batch_size=None`), and `cache` keeps rows of batches. Let the "
+        "loader make the batches, or train without a cache."
+    )
 
 
 def _first_of(batch: Any) -> Any:

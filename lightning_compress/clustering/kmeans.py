@@ -60,13 +60,19 @@ def kmeans(values: Tensor, n_clusters: int, init: Init = "linear", seed: int = 0
         moved = (sums[ends[1:]] - sums[ends[:-1]]) / counts.clamp_min(1)
         empty = counts == 0
         if bool(empty.any()):  # such a centroid begins anew at one of the values that are worst off
-            distances = (distinct[:, None] - moved[~empty]).abs().amin(1)
+            distances = _distances(distinct, moved[~empty].sort().values)
             moved[empty] = distinct[distances.topk(int(empty.sum())).indices]
         moved, _ = moved.sort()
         if torch.equal(moved, centroids):
             break
         centroids = moved
     return Clusters(centroids, torch.searchsorted(_borders(centroids), flat).view(values.shape))
+
+
+def _distances(values: Tensor, centroids: Tensor) -> Tensor:
+    """Return how far every value is from the nearest centroid, both in order."""
+    above = torch.searchsorted(centroids, values).clamp_max(len(centroids) - 1)
+    return torch.minimum((values - centroids[above]).abs(), (values - centroids[(above - 1).clamp_min(0)]).abs())
 
 
 def _borders(centroids: Tensor) -> Tensor:

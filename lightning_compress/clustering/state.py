@@ -89,12 +89,16 @@ def cluster_codes(name: str, weight: Tensor, books: Tensor, n_clusters: int, ini
     if not bool(torch.isfinite(weight).all()):
         raise CompressionError(f"The weight of layer `{name}` holds NaN or infinite values, which cannot be clustered.")
     codes = torch.zeros(weight.shape, dtype=torch.int32)
-    books = books.expand(weight.shape)
-    for book in range(int(books.max()) + 1):
-        members = (books == book) & (weight != 0)
+    # Books follow one another along one dimension; a book for all lies along the first.
+    axis = next((dim for dim, size in enumerate(books.shape) if size > 1), 0)
+    channels, firsts = weight.movedim(axis, 0), torch.bincount(books.flatten()).cumsum(0).tolist()
+    rows = codes.movedim(axis, 0)
+    for book, end in enumerate(firsts if books.numel() > 1 else [len(channels)]):
+        part = slice(firsts[book - 1] if book else 0, end)
+        members = channels[part] != 0
         if bool(members.any()):
-            found = kmeans(weight[members], n_clusters, init, seed=book)
-            codes[members] = (1 + book * n_clusters + found.codes).int()
+            found = kmeans(channels[part][members], n_clusters, init, seed=book)
+            rows[part][members] = (1 + book * n_clusters + found.codes).int()
     return codes
 
 
@@ -119,14 +123,14 @@ class ClusteringState:
     def __init__(self) -> None:
         self.codes: dict[str, Tensor] = {}
         self.settings: dict[str, Any] = {}
-        self._counts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._members: dict[str, _Members] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_counts": {}}
+        return {**vars(self), "_members": {}}
 
     def clear(self) -> None:
         """Forget all codes."""
-        self.codes, self._counts = {}, {}
+        self.codes, self._members = {}, {}
 
     @torch.no_grad()
     def apply_(self, weights: Mapping[str, Tensor], *optimizers: Optimizer) -> None:
@@ -165,25 +169,14 @@ class ClusteringState:
         return {name: int(torch.unique(codes[codes > 0]).numel()) for name, codes in self.codes.items()}
 
     def _unite_(self, name: str, tensor: Tensor, how: Gradient = "mean") -> None:
-        codes, counts = self._counts_for(name, tensor.device)
-        # In double precision the mean of many equal numbers is that number.
-        sums = torch.zeros(len(counts), dtype=torch.float64, device=tensor.device)
-        sums.index_add_(0, codes, tensor.reshape(-1).double())
-        found = sums / counts if how == "mean" else sums
-        found[0] = 0.0
-        tensor.copy_(found.to(tensor.dtype)[codes].view(tensor.shape))
-
-    def _counts_for(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        known = self._counts.get(name)
-        if known is None or known[0].device != device:
-            codes = self.codes[name].reshape(-1).long().to(device)
-            known = codes, torch.bincount(codes).clamp_min(1)
-            self._counts[name] = known
-        return known
+        members = self._members.get(name)
+        if members is None or members.codes.device != tensor.device:
+            members = self._members[name] = _Members(self.codes[name], tensor.device)
+        members.unite_(tensor, how)
 
     def rest(self) -> None:
         """Free the memory that uniting the weights in every step takes."""
-        self._counts = {}
+        self._members = {}
 
     def save(self) -> dict[str, Any]:
         """Return the state as tensors and plain types."""
@@ -202,6 +195,41 @@ class ClusteringState:
         check_same_settings(saved["settings"], self.settings)
         self.settings = saved["settings"]
         self.codes = {name: codes.int() for name, codes in saved["codes"].items()}
+
+
+class _Members:
+    """The members of every cluster of one weight, on one device.
+
+    Args:
+        codes: As of `cluster_codes`.
+        device: Where the weight is.
+    """
+
+    def __init__(self, codes: Tensor, device: torch.device) -> None:
+        self.codes = codes.reshape(-1).long().to(device)
+        self.lengths = torch.bincount(self.codes)
+        self.order = self.codes.argsort(stable=True)
+        first = (self.lengths.cumsum(0) - self.lengths).clamp_max(len(self.order) - 1)
+        self.first = self.order[first]  # one member of each
+        self.counts = self.lengths.clamp_min(1)
+
+    def unite_(self, tensor: Tensor, how: Gradient) -> None:
+        """Put the mean or the sum over its cluster in the place of every value; zeros for the members of none."""
+        precise = torch.float32 if tensor.device.type == "mps" else torch.float64
+        flat = tensor.reshape(-1).to(precise)
+        # What they differ by from one of them: members that are equal stay as they are, whatever rounds.
+        anchors = flat[self.first]
+        found = anchors + self.sums(flat - anchors[self.codes]) / self.counts
+        if how == "sum":
+            found = found * self.counts
+        found[0] = 0.0
+        tensor.copy_(found.to(tensor.dtype)[self.codes].view(tensor.shape))
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Return the sum of every cluster; in one order everywhere, so that processes come to one result."""
+        if values.device.type != "cpu":
+            return torch.segment_reduce(values[self.order], "sum", lengths=self.lengths)
+        return values.new_zeros(len(self.lengths)).index_add_(0, self.codes, values)
 
 
 def _narrow(codes: Tensor) -> Tensor:

@@ -62,8 +62,9 @@ class Adaptors:
             ValueError: If the two cannot be compared.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(len(self._pairs))
-            self._pairs[name] = nn.ModuleList(loss.adaptors(tuple(student), tuple(teacher)))
+            torch.default_generator.manual_seed(len(self._pairs))  # `torch.manual_seed` would seed the devices too
+            adaptors = nn.ModuleList(loss.adaptors(tuple(student), tuple(teacher)))
+        self._pairs[name] = adaptors.float()  # under half precision, Lightning lets new modules be of that
         self._shapes[name] = tuple(student), tuple(teacher)
 
     def parameters(self) -> list[nn.Parameter]:

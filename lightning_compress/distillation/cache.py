@@ -284,6 +284,9 @@ def checksums(tensors: list[Tensor], n_samples: int) -> Tensor:
     Returns:
         Int64 of shape ``(n_samples,)`` on the CPU.
 
+    Raises:
+        CompressionError: If no input has a row for each sample.
+
     Example:
         >>> x = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0]])
         >>> a, b, c = checksums([x], 3).tolist()
@@ -291,9 +294,14 @@ def checksums(tensors: list[Tensor], n_samples: int) -> Tensor:
         (True, False)
     """
     total = torch.zeros(n_samples, dtype=torch.int64)
-    for number, tensor in enumerate(tensors):
-        if tensor.dim() == 0 or len(tensor) != n_samples:
-            continue
+    known = [(number, tensor) for number, tensor in enumerate(tensors) if tensor.dim() and len(tensor) == n_samples]
+    if not known:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise CompressionError(
+            f"No input of the network has a row for each of the {n_samples} samples, so `cache` cannot tell whether "
+            f"they are what they were: the shapes are {shapes}. Put the samples first, or train without a cache."
+        )
+    for number, tensor in known:
         rows = tensor.detach().reshape(n_samples, -1).contiguous()
         # No word has more than 32 bits: of longer ones, the product would lose the highest bits, such as the sign.
         words = rows.to(torch.uint8) if rows.dtype == torch.bool else rows.view(_INTEGERS[min(rows.element_size(), 4)])

@@ -122,7 +122,7 @@ def _random_numbers_of(seed: int) -> Iterator[None]:
     """Begin Python's, NumPy's and torch's random numbers anew inside, and go on with them as they were outside."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed the devices too
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:

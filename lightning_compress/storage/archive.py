@@ -16,14 +16,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_compress.errors import ArchiveError
 from lightning_compress.storage.bits import Reader, varint
-from lightning_compress.storage.coding import CODERS, Coder
+from lightning_compress.storage.coding import Coder, check_coders
 from lightning_compress.storage.size import ArchiveSize
-from lightning_compress.storage.tensors import DTYPES, IntegerWeight, decode_tensor, encode_tensor
+from lightning_compress.storage.tensors import (
+    DTYPES,
+    IntegerWeight,
+    as_words,
+    check_storable,
+    decode_tensor,
+    encode_tensor,
+)
 from lightning_compress.unfinished import written_whole
 
 MAGIC = b"\x93LCW\r\n\x1a\n"
@@ -33,6 +41,9 @@ VERSION = 1
 
 _ALIAS = len(DTYPES)
 """In the place of a dtype: the tensor is another one, whose number follows."""
+
+LARGEST = 2**32
+"""Bytes that the tensors of an archive may take in memory, where nothing else is said."""
 
 _LARGEST_HEADER = 64 * 2**20
 
@@ -77,13 +88,12 @@ def write_archive(
         ...         archive.metadata, dict(archive)["weight"].tolist()
         ({'trained': 'on digits'}, [[0.5, 0.0], [-0.5, 0.5]])
     """
-    unknown = [coder for coder in coders if coder not in CODERS]
-    if unknown or not coders:
-        raise ValueError(f"`coders` must be some of {', '.join(CODERS)}, got {list(coders)}.")
+    check_coders(coders)
+    check_storable(tensors)
     entries, payloads, sizes = [], [], []
-    first_of: dict[tuple[int, tuple[int, ...], tuple[int, ...]], int] = {}
+    first_of: dict[tuple[object, ...], int] = {}
     for number, (name, tensor) in enumerate(tensors.items()):
-        place = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
         first = first_of.setdefault(place, number) if tensor.numel() else number
         if first != number:
             entries.append(_Entry(name, tensor.dtype, tuple(tensor.shape), 0, first))
@@ -93,11 +103,18 @@ def write_archive(
         payloads.append(payload)
         sizes.append(size)
     header = _header(entries, metadata or {})
+    if len(header) > _LARGEST_HEADER:
+        raise ValueError(f"Names and `metadata` take {len(header)} bytes, more than {_LARGEST_HEADER}.")
     head = MAGIC + struct.pack("<H", VERSION) + varint(len(header)) + header
-    with written_whole(path) as temporary, temporary.open("wb") as file:
-        file.write(head + _checksum(head))
-        for payload in payloads:
-            file.write(payload + _checksum(payload))
+    with written_whole(path) as temporary:
+        with temporary.open("wb") as file:
+            file.write(head + _checksum(head))
+            for payload in payloads:
+                file.write(payload + _checksum(payload))
+        with ArchiveReader(temporary, 2**62) as archive:  # before it takes the place of an earlier one
+            for name, tensor in archive:
+                if not np.array_equal(as_words(name, tensor), as_words(name, tensors[name])):
+                    raise ArchiveError(f"{os.fspath(path)} would not give back `{name}` as it is: nothing was written.")
     return ArchiveSize(tuple(sizes), Path(path).stat().st_size)
 
 
@@ -106,7 +123,7 @@ class ArchiveReader:
 
     Args:
         path: The file.
-        largest: Bytes that all tensors together may take in memory.
+        largest: Bytes that all tensors together may take in memory; decoding takes some times as much for each.
 
     Attributes:
         metadata: The text that was kept beside the tensors.
@@ -119,7 +136,7 @@ class ArchiveReader:
         FileNotFoundError: If there is no file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], largest: int = 2**36) -> None:
+    def __init__(self, path: str | os.PathLike[str], largest: int = LARGEST) -> None:
         self._path = Path(path)
         self._file: BinaryIO = self._path.open("rb")
         try:
@@ -184,7 +201,7 @@ class ArchiveReader:
             raise ArchiveError(f"{self._path} is damaged: the checksum of its header does not fit.")
         try:
             entries, metadata = _read_entries(Reader(header))
-        except (ArchiveError, ValueError) as error:
+        except (ArchiveError, ValueError, RecursionError) as error:
             raise ArchiveError(f"{self._path} is damaged: its header cannot be read: {error}") from error
         expected = self._begin + sum(entry.n_bytes + 4 for entry in entries if entry.alias_of is None)
         if n_file != expected:

@@ -18,8 +18,27 @@ Coder = Literal["fixed", "huffman", "ans"]
 
 CODERS: Sequence[Coder] = get_args(Coder)
 
+_BLOCK = 2**20
+
 LARGEST_ALPHABET = 4096
 """Different symbols that a stream may have."""
+
+
+def check_coders(coders: Sequence[str]) -> None:
+    """Check that all of ``coders`` are known and can be used here.
+
+    Raises:
+        ValueError: If one is unknown, or there is none.
+        MissingExtraError: If the library of one is not installed.
+
+    Example:
+        >>> check_coders(["fixed", "huffman"])
+    """
+    unknown = [coder for coder in coders if coder not in CODERS]
+    if unknown or not coders:
+        raise ValueError(f"`coders` must be some of {', '.join(CODERS)}, got {list(coders)}.")
+    if "ans" in coders:
+        _constriction()
 
 
 def encode_stream(symbols: Symbols, n_alphabet: int, coders: Sequence[Coder]) -> bytes:
@@ -111,13 +130,15 @@ def _decode_ans(reader: Reader, n: int, n_alphabet: int) -> Symbols:
         raise ArchiveError(f"The counts of a stream of {n} symbols sum up to {sum(map(int, counts))}.")
     stream = _constriction()
     try:
-        coder = stream.stack.AnsCoder(words)
-        symbols = coder.decode(_model(counts.astype(np.int64)), n)
+        coder, model = stream.stack.AnsCoder(words), _model(counts.astype(np.int64))
+        symbols = np.empty(n, np.uint16)
+        for first in range(0, n, _BLOCK):  # the library takes four times the memory of what it decodes
+            symbols[first : first + _BLOCK] = coder.decode(model, min(_BLOCK, n - first))
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ArchiveError(f"A stream of asymmetric numeral systems cannot be read: {error}") from error
     if not coder.is_empty():
         raise ArchiveError("A stream of asymmetric numeral systems is longer than its symbols.")
-    return symbols.astype(np.uint16)  # type: ignore[no-any-return]
+    return symbols
 
 
 def _model(counts: npt.NDArray[np.int64]) -> Any:

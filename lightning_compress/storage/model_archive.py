@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor, nn
 
-from lightning_compress.errors import ArchiveError
+from lightning_compress.copying import copy_of
+from lightning_compress.errors import ArchiveError, CompressionError
 from lightning_compress.pruning.channels.narrowing import narrow_
 from lightning_compress.quantization import quantization_of
-from lightning_compress.storage.archive import ArchiveReader, write_archive
+from lightning_compress.storage.archive import LARGEST, ArchiveReader, write_archive
 from lightning_compress.storage.coding import Coder
 from lightning_compress.storage.size import ArchiveSize
-from lightning_compress.storage.tensors import IntegerWeight, as_words
+from lightning_compress.storage.tensors import IntegerWeight, check_storable
 
 CHANNELS = "lightning_compress.channels"
 """Under which name of the metadata the channels lie that a shrunk network has kept."""
@@ -50,7 +52,7 @@ def save_compressed(
         What each tensor takes after every stage.
 
     Raises:
-        ValueError: If a tensor has a dtype that cannot be kept, or a coder is unknown.
+        ValueError: If a tensor has a dtype that cannot be kept, or a coder is unknown; what lay at ``path`` stays.
         MissingExtraError: If ``"ans"`` is asked for and its library is not installed.
 
     Example:
@@ -66,26 +68,21 @@ def save_compressed(
         (True, True)
     """
     tensors: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"`{name}` is no tensor but {type(tensor).__name__}, which an archive cannot hold.")
+    check_storable(tensors)
     integers = _integer_weights(model, tensors) if isinstance(model, nn.Module) else {}
     text = dict(metadata or {})
     if channels is not None:
-        text[CHANNELS] = json.dumps(
-            {name: {side: list(kept) for side, kept in on.items()} for name, on in channels.items()}
-        )
-    shipped = {name: integers[name].values() if name in integers else tensor for name, tensor in tensors.items()}
-    size = write_archive(shipped, path, coders=coders, integers=integers, metadata=text)
-    with ArchiveReader(path) as archive:
-        for name, tensor in archive:
-            if not np.array_equal(as_words(name, tensor), as_words(name, shipped[name])):
-                raise ArchiveError(f"{os.fspath(path)} does not give back `{name}` as it was written: do not use it.")
-    return size
+        record = {name: {side: list(kept) for side, kept in sides.items()} for name, sides in channels.items()}
+        text[CHANNELS] = json.dumps(record)
+    made: dict[int, Tensor] = {}  # tied weights stay one
+    shipped = dict(tensors)
+    for name, weight in integers.items():
+        shipped[name] = made.setdefault(tensors[name].data_ptr(), weight.values().to(tensors[name].dtype))
+    return write_archive(shipped, path, coders=coders, integers=integers, metadata=text)
 
 
 def load_compressed(
-    path: str | os.PathLike[str], model: nn.Module | None = None, *, largest: int = 2**36
+    path: str | os.PathLike[str], model: nn.Module | None = None, *, largest: int = LARGEST
 ) -> dict[str, Tensor]:
     """Read the weights that `save_compressed` wrote; nothing that is read is ever run.
 
@@ -130,25 +127,76 @@ def load_compressed(
         weights = dict(archive)  # all of it, before anything is changed
     if model is not None:
         if narrowed is not None:
+            _check_narrowed(model, narrowed, weights, path)
             narrow_(model, narrowed)
         model.load_state_dict(weights)
     return weights
 
 
 def _integer_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, IntegerWeight]:
-    """Return what the weights of a quantized model are made of, by their names in its state dict."""
+    """Return what the weights of a quantized model are made of, by their names in its state dict.
+
+    A weight that is rounded for some of its uses alone stays as it is, and a warning names it: so do those that a
+    function reads, and the parts of one that attention reads.
+    """
     state = quantization_of(model)
     found: dict[str, IntegerWeight] = {}
     if state is None or not state.is_quantizing:
         return found
     prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is state.model), "")
+    left = []
     for name, quantizer in state.weights.items():
-        for key in (f"{prefix}{name}.weight", f"{prefix}{name}"):
-            if key in tensors:
-                integers, scales = quantizer.integers(tensors[key])
-                integers = integers if quantizer.axis == 0 else integers.transpose(0, quantizer.axis)
-                found[key] = IntegerWeight(integers.cpu().contiguous(), scales.detach().cpu(), quantizer.axis)
+        key = f"{prefix}{name}.weight"
+        if key not in tensors:
+            left.append(f"`{prefix}{name}`")
+            continue
+        integers, scales = quantizer.integers(tensors[key])
+        integers = integers if quantizer.axis == 0 else integers.transpose(0, quantizer.axis)
+        found[key] = IntegerWeight(integers.cpu().contiguous(), scales.detach().cpu(), quantizer.axis)
+    for names in _tied(tensors):
+        uses = [found.pop(name, None) for name in names]
+        first = uses[0]
+        if first is not None and all(use is not None and torch.equal(use.values(), first.values()) for use in uses):
+            found |= dict.fromkeys(names, first)
+        elif any(use is not None for use in uses):
+            left.append(" and ".join(f"`{name}`" for name in names))
+    if left:
+        warnings.warn(
+            f"The weights that {', '.join(left)} read are written in float, not as they are rounded there: an archive "
+            "holds parameters, and these are not rounded as a whole.",
+            stacklevel=3,
+        )
     return found
+
+
+def _tied(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    places: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            places.setdefault((tensor.data_ptr(), tuple(tensor.shape)), []).append(name)
+    return [names for names in places.values() if len(names) > 1]
+
+
+def _check_narrowed(
+    model: nn.Module,
+    record: Mapping[str, Mapping[str, Sequence[int]]],
+    weights: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+) -> None:
+    """Check on a copy that a model takes the weights when it is narrowed."""
+    narrowed = copy_of(model)
+    try:
+        narrow_(narrowed, record)
+    except (CompressionError, RuntimeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        raise ArchiveError(
+            f"{os.fspath(path)} tells of channels that this `{type(model).__name__}` does not have: {error}"
+        ) from error
+    differing = _differing(narrowed, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    if differing:
+        raise ArchiveError(
+            f"{os.fspath(path)} holds another network than this `{type(model).__name__}`, which has {differing[0]} "
+            "when its channels are taken off."
+        )
 
 
 def _differing(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -167,6 +215,9 @@ def _differing(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[
 def _checked_channels(text: str) -> dict[str, dict[str, list[int]]]:
     try:
         record = json.loads(text)
-        return {name: {side: [int(i) for i in kept] for side, kept in on.items()} for name, on in record.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        found = {name: {side: [int(i) for i in kept] for side, kept in on.items()} for name, on in record.items()}
+        if any(i < 0 for on in found.values() for kept in on.values() for i in kept):
+            raise ValueError("a channel has a negative number")
+        return found
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArchiveError(f"The record of channels of an archive cannot be read: {error}") from error

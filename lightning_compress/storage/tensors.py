@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -156,7 +156,7 @@ def encode_tensor(
     kept = np.flatnonzero(words)
     can_split_bits = "ans" in coders
     forms: list[tuple[float, int, _Values]] = []
-    gaps, gap_bits = _best_gaps(kept, len(words)) if len(words) else (np.empty(0, np.uint16), 1)
+    gaps, gap_bits = _best_gaps(kept, len(words), can_split_bits) if len(words) else (np.empty(0, np.uint16), 1)
     gap_cost = max(entropy_bits(gaps), 0.0 if can_split_bits else float(len(gaps)))
     for form, among in ((_DENSE, words), (_SPARSE, words[kept])):
         for values in _ways_to_write(among, tensor.shape, None if form == _DENSE else kept):
@@ -231,16 +231,31 @@ def decode_tensor(payload: bytes, dtype: torch.dtype, shape: Sequence[int]) -> T
 _SIGNED_NUMPY = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
+def check_storable(tensors: Mapping[str, object]) -> None:
+    """Check that an archive can hold all of ``tensors``.
+
+    Raises:
+        ValueError: If one is no tensor, or has another dtype or layout.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"`{name}` is no tensor but {type(tensor).__name__}, which an archive cannot hold.")
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(
+                f"`{name}` is a {tensor.layout} tensor of {tensor.dtype}; an archive holds strided {known}."
+            )
+
+
 def as_words(name: str, tensor: Tensor) -> Words:
     """Return the bits of a tensor's entries, in order, with all zeros positive."""
-    if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"`{name}` is a {tensor.layout} tensor of {tensor.dtype}; an archive holds strided {known}.")
+    check_storable({name: tensor})
     flat = tensor.detach().cpu().reshape(-1)
-    if flat.is_floating_point():
-        flat = flat + torch.zeros((), dtype=flat.dtype)
     flat = flat.to(torch.uint8) if flat.dtype == torch.bool else flat.contiguous().view(_SIGNED[flat.element_size()])
-    return flat.numpy().view(_UNSIGNED[flat.element_size()])
+    words: Words = flat.numpy().view(_UNSIGNED[flat.element_size()])
+    if tensor.is_floating_point():
+        return np.where(words == 1 << (8 * words.itemsize - 1), words.dtype.type(0), words)
+    return words
 
 
 def _ways_to_write(words: Words, shape: Sequence[int], kept: npt.NDArray[np.int64] | None) -> list[_Values]:
@@ -304,6 +319,8 @@ def _read_shared(
     n_tables, width = reader.varint(), reader.varint()
     if n_tables != 1 and (len(shape) < 2 or n_tables != shape[0]):
         raise ArchiveError(f"A tensor of the shape {tuple(shape)} has {n_tables} tables of values.")
+    if not 1 <= width <= LARGEST_ALPHABET:
+        raise ArchiveError(f"A table has {width} values, more than {LARGEST_ALPHABET} or none.")
     size = np.dtype(unsigned).itemsize
     table: Words = (
         np.frombuffer(reader.take(n_tables * width * size), f"<u{size}").astype(unsigned).reshape(n_tables, width)
@@ -349,10 +366,15 @@ def _read_symbols(reader: Reader, n: int, n_alphabet: int) -> Symbols:
     return symbols
 
 
-def _best_gaps(kept: npt.NDArray[np.int64], n: int) -> tuple[Symbols, int]:
-    """Return the gaps between the entries that are not zero, and their bits, with about the least entropy."""
+def _best_gaps(kept: npt.NDArray[np.int64], n: int, can_split_bits: bool) -> tuple[Symbols, int]:
+    """Return the gaps between the entries that are not zero, and their bits, that take about the fewest bits."""
     sample = kept[: np.searchsorted(kept, _SAMPLE)] if n > _SAMPLE else kept
-    bits = min(range(1, 9), key=lambda bits: entropy_bits(_gaps(sample, min(n, _SAMPLE), bits)))
+
+    def cost(bits: int) -> float:
+        gaps = _gaps(sample, min(n, _SAMPLE), bits)
+        return max(entropy_bits(gaps), 0.0 if can_split_bits else float(len(gaps)))
+
+    bits = min(range(1, 9), key=cost)
     return _gaps(kept, n, bits), bits
 
 

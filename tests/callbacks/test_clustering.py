@@ -141,6 +141,19 @@ def test_zeros_of_pruning_stay_and_take_no_value(comes_first: bool, tmp_path: Pa
     assert len(values(module, "conv2")) == 9
 
 
+def test_a_run_that_clusters_as_another_ends_is_resumed_to_the_bit(tmp_path: Path) -> None:
+    def callbacks() -> list[L.Callback]:  # the clustering comes first, and must wait for the last zeros
+        return [WeightClustering(8, start=8), MagnitudePruning(0.5, end=8)]
+
+    kept = WatchingCheckpoint(tmp_path / "kept")
+    whole = fit(tmp_path, *callbacks(), kept, enable_checkpointing=True)
+    resumed = fit(tmp_path, *callbacks(), ckpt=tmp_path / "kept" / "step=8.ckpt")
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    last = WeightClustering(8, start=1.0)
+    fit(tmp_path, last, MagnitudePruning(0.5, end=1.0))
+    assert last.complete
+
+
 def test_a_run_is_resumed_to_the_bit_and_the_codes_travel_with_the_weights(tmp_path: Path) -> None:
     def callbacks() -> list[L.Callback]:
         return [MagnitudePruning(0.5, end=0.3), WeightClustering(8, start=0.4)]
@@ -269,6 +282,21 @@ def test_what_cannot_be_clustered_is_told_before_the_training(tmp_path: Path) ->
         ValueError, match=r"before `MagnitudePruning` has made its last zeros .*`WeightClustering\(start=0.6\)`"
     ):
         fit(tmp_path, MagnitudePruning(0.5, end=0.6), WeightClustering(8, start=0.5))
+
+
+def test_what_an_archive_cannot_hold_is_told_before_the_training(tmp_path: Path) -> None:
+    class WithExtra(LayersOnSelf):
+        def get_extra_state(self) -> Any:
+            return {"a": 1}
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    module = WithExtra()
+    before = {name: tensor.clone() for name, tensor in module.named_parameters()}
+    with pytest.raises(ValueError, match="`_extra_state` is no tensor but dict, which an archive cannot hold"):
+        fit(tmp_path, Archive(tmp_path / "model.lcz"), module=module)
+    torch.testing.assert_close(dict(module.named_parameters()), before, rtol=0, atol=0)
 
 
 def test_another_run_does_not_go_on_with_the_codes(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, default_collate
 
 from lightning_compress import (
     FeatureDistillation,
@@ -215,6 +215,52 @@ def test_a_cache_is_filled_with_what_keywords_say(tmp_path: Path) -> None:
         KnowledgeDistillation(Teacher()).fill_cache(seeded(Student), indexed())
     with pytest.raises(CompressionError, match="which the training data do not tell"):
         callback.fill_cache(seeded(KeywordStudent), loader())
+
+
+def test_a_loader_with_a_batch_sampler_is_filled_in_its_batches(tmp_path: Path) -> None:
+    def collate(samples: list[Any]) -> Any:
+        sizes.append(len(samples))
+        return collate_indexed(samples)
+
+    sizes: list[int] = []
+    dataset = IndexedDataset(Samples())
+    sampler = BatchSampler(RandomSampler(dataset), batch_size=7, drop_last=False)
+    data: Any = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+    callback = KnowledgeDistillation(seeded(Teacher, seed=1), cache=tmp_path / "cache")
+    assert callback.fill_cache(seeded(Student), data, inputs=lambda batch: batch["x"]) == 32
+    assert sizes == [7, 7, 7, 7, 4]
+    single: Any = DataLoader(dataset, batch_size=None)
+    with pytest.raises(CompressionError, match=r"The training loader gives single samples \(`batch_size=None`\)"):
+        callback.fill_cache(seeded(Student), single)
+    with pytest.raises(CompressionError, match=r"The training loader gives single samples \(`batch_size=None`\)"):
+        run(tmp_path, tmp_path / "single", seeded(Student), single)
+
+
+def test_validation_and_tests_after_the_fit_see_their_own_batches_too(tmp_path: Path) -> None:
+    student = seeded(Hooked)
+    end = trainer(tmp_path, KnowledgeDistillation(seeded(Counting, seed=1), cache=tmp_path / "cache"))
+    end.fit(student, indexed(), val_dataloaders=indexed(shuffle=False))
+    student.seen.clear()
+    end.validate(student, indexed(shuffle=False), verbose=False)
+    assert {kind for _, kind in student.seen} == {dict}
+    assert "on_before_batch_transfer" not in vars(student)
+
+
+def test_a_cache_for_half_precision_is_filled_in_half_precision(tmp_path: Path) -> None:
+    callback = KnowledgeDistillation(seeded(Counting, seed=1), losses=LOSSES, cache=tmp_path / "cache")
+    callback.fill_cache(seeded(Student).bfloat16(), indexed(), inputs=lambda batch: batch["x"])
+    assert run(tmp_path, tmp_path / "cache", seeded(Student), precision="bf16-true") == 0
+    with pytest.raises(CompressionError, match=r"precision 'torch\.bfloat16' instead of 'torch\.float32'"):
+        run(tmp_path, tmp_path / "cache", seeded(Student))
+
+
+def test_views_leave_the_random_numbers_of_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr("torch.cuda.manual_seed_all", seeds.append)
+    dataset = IndexedDataset(Samples(), views=2)
+    _ = dataset[3]
+    dataset.check_repeats()
+    assert seeds == []
 
 
 def test_two_processes_fill_one_cache(tmp_path: Path) -> None:

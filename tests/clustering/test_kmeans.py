@@ -69,6 +69,13 @@ def test_no_centroid_is_left_in_a_gap() -> None:
     assert float(found.centroids.abs().min()) > 1.0
 
 
+def test_many_values_and_centroids_take_no_table_of_both() -> None:
+    values = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
+    found = kmeans(values, 256)
+    assert len(torch.unique(found.codes)) == 256
+    assert float((values - found.centroids[found.codes]).abs().mean()) < 0.02
+
+
 def test_fewer_values_than_centroids_are_their_own() -> None:
     found = kmeans(torch.tensor([2.0, -1.0, 2.0]), 16)
     assert found.centroids.tolist() == [-1.0, 2.0]
@@ -120,6 +127,22 @@ def test_gradients_by_hand() -> None:
         assert weight.grad.tolist() == [1.0, 3.0, 9.0, 7.0]
         state.unite_gradients_({"fc": weight}, how, ["fc"])  # type: ignore[arg-type]
         assert weight.grad.tolist() == expected
+
+
+def test_sums_are_those_of_any_device_and_equal_members_stay_to_the_bit() -> None:
+    from lightning_compress.clustering.state import _Members
+
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(7, (500,), generator=generator)
+    codes[codes == 3] = 2  # one without members
+    members, values = _Members(codes, torch.device("cpu")), torch.randn(500, generator=generator, dtype=torch.float64)
+    by_segments = torch.segment_reduce(values[members.order], "sum", lengths=members.lengths)
+    torch.testing.assert_close(members.sums(values), by_segments)
+    one_each = torch.randn(7, generator=generator, dtype=torch.float64)[codes]
+    one_each[codes == 0] = 0
+    before = one_each.clone()
+    members.unite_(one_each, "mean")
+    assert torch.equal(one_each, before)
 
 
 def test_bad_weights_are_named() -> None:

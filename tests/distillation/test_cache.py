@@ -223,3 +223,9 @@ def test_what_is_no_data_set_is_refused() -> None:
         IndexedDataset(i for i in range(3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`views` must be at least 1, got 0"):
         IndexedDataset([1], views=0)
+
+
+def test_inputs_whose_samples_do_not_come_first_are_refused() -> None:
+    message = r"No input of the network has a row for each of the 4 samples, .* the shapes are \(7, 4, 3\)"
+    with pytest.raises(CompressionError, match=message):
+        checksums([torch.randn(7, 4, 3)], 4)

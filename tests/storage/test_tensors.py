@@ -41,9 +41,17 @@ def test_every_dtype_and_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> No
 
 def test_numbers_that_are_none_come_back_to_the_bit() -> None:
     odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-45, -0.0])
+    odd.view(torch.int32)[0] = 0x7F800001  # a signalling one
     found = decode_tensor(encode_tensor("w", odd, CODERS)[0], odd.dtype, odd.shape)
     assert torch.equal(found.view(torch.int32)[:4], odd.view(torch.int32)[:4])
     assert found.view(torch.int32)[4] == 0  # the sign of a zero is dropped
+    halves = torch.tensor([0x7F81, 0x7FA0, 0xFF81 - 2**16], dtype=torch.int16).view(torch.bfloat16)
+    found = decode_tensor(encode_tensor("w", halves, CODERS)[0], halves.dtype, halves.shape)
+    assert torch.equal(found.view(torch.int16), halves.view(torch.int16))
+
+
+def test_zeros_alone_take_next_to_nothing() -> None:
+    assert there_and_back(torch.zeros(1_000_000)) < 700
 
 
 @settings(max_examples=80, deadline=None)
