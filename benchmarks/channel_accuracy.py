@@ -68,7 +68,8 @@ def main() -> None:
             jobs[f"narrow and dense, {WHOLE.epochs} epochs from scratch{end}"] = partial(
                 _narrow, images, seed, options.macs, weight
             )
-        rows += [records.get(measure, job=name, **key) for name, measure in jobs.items()]
+        wanted = {name: measure for name, measure in jobs.items() if options.jobs is None or name in options.jobs}
+        rows += [records.get(measure, job=name, **key) for name, measure in wanted.items()]
     table = [
         {
             "job": job,
@@ -182,6 +183,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--end", type=float, default=0.3, help="share of the epoch at which it is reached")
     parser.add_argument("--round-to", type=int, default=16)
     parser.add_argument("--importances", nargs="*", default=["taylor", "fpgm", "bn_scale", "random"])
+    parser.add_argument("--jobs", nargs="+", help="names of the table's first column; by default all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data", help='folder with the files of Fashion-MNIST, or "digits" to try the script out')
     return parser.parse_args()
