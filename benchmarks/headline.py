@@ -244,10 +244,12 @@ def _plot(points: Sequence[tuple[str, float, float]], images: str, path: Path) -
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for job, milliseconds, accuracy in points:
+    for number, (job, milliseconds, accuracy) in enumerate(sorted(points, key=lambda point: point[1])):
         is_pruned = job not in (FLOAT, INT8)
         axes.plot(milliseconds, accuracy, "o" if is_pruned else "s", color="C1" if is_pruned else "C0", markersize=8)
-        axes.annotate(job, (milliseconds, accuracy), xytext=(7, 5), textcoords="offset points", fontsize=9)
+        place = (7, 5 if number % 2 else -13)  # neighbours would write over one another
+        label = job.replace(" of the MACs", " MACs")
+        axes.annotate(label, (milliseconds, accuracy), xytext=place, textcoords="offset points", fontsize=9)
     axes.set(
         xlabel="ONNX Runtime, one image of 224 pixels, ms",
         ylabel="test accuracy of the file, %",
