@@ -17,12 +17,15 @@ import yaml
 from examples import cli
 from lightning_compress import (
     Annealing,
+    Archive,
     FeatureDistillation,
     KnowledgeDistillation,
     LogitDistillation,
     MagnitudePruning,
     OnnxExport,
     QuantizationAwareTraining,
+    WeightClustering,
+    load_compressed,
 )
 from tests.compatibility.runs import LIGHTNING_NOISE
 from tests.compatibility.table import works
@@ -68,13 +71,22 @@ def int8_kernels(path: Path) -> int:
 
 
 @works("LightningCLI", "every callback from YAML, with plain types", "`examples/recipes`")
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "all"])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("all", "store")])
 def test_a_recipe_leaves_a_file(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "fit", "-c", str(small(recipe, tmp_path)))
     file = tmp_path / "demo_output" / recipe / "model.onnx"
     assert int8_kernels(file) == (9 if recipe == "quantize" else 0)
     assert (tmp_path / "demo_output" / "teacher.pt").exists() == (recipe == "distill")
+
+
+def test_the_recipe_that_stores_leaves_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "fit", "-c", str(small("store", tmp_path)))
+    weights = load_compressed(tmp_path / "demo_output" / "store" / "model.lcz")
+    kernels = [weight for weight in weights.values() if weight.dim() == 4]
+    assert len(kernels) == 9
+    assert max(int(torch.unique(weight).numel()) for weight in kernels) <= 17
 
 
 def test_the_recipe_with_everything_runs_as_a_program(tmp_path: Path) -> None:
@@ -119,16 +131,19 @@ def test_losses_and_teachers_are_given_in_yaml(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_recipes_are_those_of_the_readme() -> None:
-    assert RECIPES == ["all", "distill", "prune", "quantize"]
+    assert RECIPES == ["all", "distill", "prune", "quantize", "store"]
 
 
 @works("LightningCLI", "`--print_config=comments`", "tells what every argument means")
-@pytest.mark.parametrize("kind", [KnowledgeDistillation, MagnitudePruning, QuantizationAwareTraining, OnnxExport])
+@pytest.mark.parametrize(
+    "kind", [KnowledgeDistillation, MagnitudePruning, QuantizationAwareTraining, WeightClustering, OnnxExport, Archive]
+)
 def test_the_printed_configuration_explains_every_argument(
     kind: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    recipe = "store.yaml" if kind in (WeightClustering, Archive) else "all.yaml"
     with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, "fit", "-c", str(ROOT / "examples" / "recipes" / "all.yaml"), "--print_config=comments")
+        run(monkeypatch, "fit", "-c", str(ROOT / "examples" / "recipes" / recipe), "--print_config=comments")
     assert caught.value.code == 0
     printed = capsys.readouterr().out.splitlines()
     titles = [number for number, line in enumerate(printed) if "class_path: lightning_compress." in line]
