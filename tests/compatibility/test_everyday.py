@@ -122,7 +122,7 @@ def test_scheduled_accumulation_is_resumed(scheduling: dict[int, int], tmp_path:
         scheduler = lightning_callbacks.GradientAccumulationScheduler(dict(scheduling))
         return fit(folder, last=(scheduler, *more), max_epochs=4, data=(Stateful(), loader(16, seed=1)), **settings)
 
-    keep = lightning_callbacks.ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=3)
+    keep = lightning_callbacks.ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=5)
     whole = run(tmp_path, keep, enable_checkpointing=True)
     for path in sorted(tmp_path.glob("*.ckpt")):
         resumed = run(tmp_path / path.stem, ckpt_path=path)
