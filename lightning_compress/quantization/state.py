@@ -186,6 +186,8 @@ class Quantization:
     @torch.no_grad()
     def clip_binary_(self) -> None:
         """Keep the weights behind binary ones within [-1, 1]; call it after each optimizer step."""
+        if all(quantizer.bits > 1 for quantizer in self.weights.values()):
+            return  # as in most runs, and at every step
         for module in self.model.modules():
             forward = forward_on(module)
             if isinstance(forward, QuantizedLayerForward) and self.weights[forward.weight.name].bits == 1:
