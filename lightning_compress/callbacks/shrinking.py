@@ -28,6 +28,9 @@ from lightning_compress.quantization.state import WEIGHT_PREFIX, narrowed_state
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
+Calls = Sequence[tuple[Sequence[Any], Mapping[str, Any]]]
+"""Positional and keyword arguments of calls."""
+
 TOLERANCE = 1e-5
 """Largest difference, relative to the largest output, of the masked and the shrunk network."""
 
@@ -85,7 +88,9 @@ def shrink(model: nn.Module, example_inputs: Any = None) -> Shrunk:
     else:
         call, groups, kept = _unread(model, example_inputs)
         record = record_of(model, groups, kept)
-        check_shrunk(model, _without(model, record), groups, kept, [call])
+        small = _without(model, record)
+        check_shrunk(model, small, groups, kept, [call])
+        return Shrunk(small, record)
     return Shrunk(_without(model, record), record)
 
 
@@ -117,7 +122,7 @@ def check_shrunk(
     shrunk: nn.Module,
     groups: Sequence[ChannelGroup],
     kept: Sequence[Tensor],
-    calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]],
+    calls: Calls,
 ) -> float:
     """Check that a network without its masked channels computes what it computed with them.
 
@@ -141,20 +146,17 @@ def check_shrunk(
         >>> check_shrunk(net, net, [], [], [((torch.rand(1, 2),), {})])
         0.0
     """
-    masked, shrunk = (strip(copy_of(network)).cpu().double().eval() for network in (masked, shrunk))
-    try:
-        _outputs(masked, *calls[0])
-    except Exception:  # user code that computes in float32 whatever it is given
-        masked, shrunk = masked.float(), shrunk.float()
-    worst = max(_difference(masked, shrunk, args, kwargs) for args, kwargs in calls)
+    # One network at a time: the largest fit into memory in float64 once, and not twice.
+    dtype, expected = _expected(masked, calls)
+    worst = _difference(expected, shrunk, calls, dtype)
     if worst <= TOLERANCE:
         return worst
     broken = []
     for number, group in enumerate(groups):
         alone = [mask if index == number else torch.ones_like(mask) for index, mask in enumerate(kept)]
-        narrowed = copy_of(masked)
+        narrowed = strip(copy_of(masked))
         narrow_(narrowed, record_of(masked, groups, alone))
-        if any(_difference(masked, narrowed, args, kwargs) > TOLERANCE for args, kwargs in calls):
+        if _difference(expected, narrowed, calls, dtype) > TOLERANCE:
             broken.append(group.name)
     names = ", ".join(f"`{name}`" for name in broken) or "several together"
     raise CompressionError(
@@ -163,12 +165,23 @@ def check_shrunk(
     )
 
 
-def _difference(masked: nn.Module, shrunk: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-    expected = _outputs(masked, args, kwargs)
+def _expected(masked: nn.Module, calls: Calls) -> tuple[torch.dtype, list[list[Tensor]]]:
+    """Return the outputs of the masked network in float64, or in the precision that it can compute in."""
     try:
-        found = _outputs(shrunk, args, kwargs)
+        return torch.float64, _outputs(masked, calls, torch.float64)
+    except Exception:  # user code that computes in float32 whatever it is given
+        return torch.float32, _outputs(masked, calls, torch.float32)
+
+
+def _difference(expected: list[list[Tensor]], shrunk: nn.Module, calls: Calls, dtype: torch.dtype) -> float:
+    try:
+        found = _outputs(shrunk, calls, dtype)
     except RuntimeError:  # shapes that do not fit
         return float("inf")
+    return max(_largest_difference(*outputs) for outputs in zip(expected, found, strict=True))
+
+
+def _largest_difference(expected: list[Tensor], found: list[Tensor]) -> float:
     if not expected or [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
         return float("inf")
     return max(
@@ -178,15 +191,20 @@ def _difference(masked: nn.Module, shrunk: nn.Module, args: Sequence[Any], kwarg
 
 
 @torch.no_grad()
-def _outputs(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    dtype = next((parameter.dtype for parameter in network.parameters()), torch.float64)
+def _outputs(network: nn.Module, calls: Calls, dtype: torch.dtype) -> list[list[Tensor]]:
+    """Return what a copy of a network computes without rounding, for each call."""
+    network = strip(copy_of(network)).cpu().to(dtype).eval()
 
     def placed(tensor: Tensor) -> Tensor:
         return tensor.detach().cpu().to(dtype, copy=True) if tensor.is_floating_point() else tensor.cpu().clone()
 
-    call: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, placed, (tuple(args), dict(kwargs)))
-    with same_random_numbers():
-        return [tensor for tensor in output_tensors(network(*call[0], **call[1])) if tensor.is_floating_point()]
+    found = []
+    for call in calls:
+        args, kwargs = pytree.tree_map_only(Tensor, placed, (tuple(call[0]), dict(call[1])))
+        with same_random_numbers():
+            outputs = output_tensors(network(*args, **kwargs))
+        found.append([tensor for tensor in outputs if tensor.is_floating_point()])
+    return found
 
 
 def _unread(

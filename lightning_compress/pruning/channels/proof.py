@@ -66,21 +66,22 @@ def _failure(
     return next((failure for failure in failures if failure is not None), None)
 
 
+@torch.no_grad()
 def _failure_of(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], groups: Sequence[ChannelGroup], share: float
 ) -> str | None:
     generator = torch.Generator().manual_seed(0)
     kept = [_some_units(group, generator, share) for group in groups]
-    masked, removed = copy.deepcopy(model), copy.deepcopy(model)
     try:
-        with torch.no_grad():
-            for place in removed_places(masked, groups, kept):
-                place.clear_(masked.get_parameter(place.parameter))
-            narrow_(removed, record_of(model, groups, kept))
-            with same_random_numbers():
-                expected = list(output_tensors(masked(*copy.deepcopy(args), **copy.deepcopy(kwargs))))
-            with same_random_numbers():
-                found = list(output_tensors(removed(*copy.deepcopy(args), **copy.deepcopy(kwargs))))
+        # One copy at a time, for the largest networks.
+        masked = copy.deepcopy(model)
+        for place in removed_places(masked, groups, kept):
+            place.clear_(masked.get_parameter(place.parameter))
+        expected = _outputs(masked, args, kwargs)
+        del masked
+        removed = copy.deepcopy(model)
+        narrow_(removed, record_of(model, groups, kept))
+        found = _outputs(removed, args, kwargs)
     except Exception as error:  # user code may raise anything
         return f"without some of them the forward fails: {first_line(error)}"
     if not expected or len(expected) != len(found):
@@ -94,6 +95,11 @@ def _failure_of(
         if one.is_floating_point() and not bool(((one - other).abs() <= tolerance * max(largest, 1e-30)).all()):
             return "without some of them the model does not compute what it computes with zeros in their place"
     return None
+
+
+def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    with same_random_numbers():
+        return list(output_tensors(model(*copy.deepcopy(args), **copy.deepcopy(kwargs))))
 
 
 def _some_units(group: ChannelGroup, generator: torch.Generator, share: float) -> Tensor:
