@@ -29,12 +29,14 @@ from lightning_compress.distillation import (
     collate_indexed,
 )
 from lightning_compress.export import ExportResult, export_onnx
+from lightning_compress.quantization.dct import DCT
 from lightning_compress.quantization.placement_report import placement_report
 from lightning_compress.report import RunReport
 from lightning_compress.report.sensitivity import SensitivityReport
 from lightning_compress.storage import ArchiveSize, load_compressed, save_compressed
 
 __all__ = [
+    "DCT",
     "Annealing",
     "Archive",
     "ArchiveSize",

@@ -27,6 +27,8 @@ from lightning_compress.pruning.channels.importance import IMPORTANCES, Importan
 from lightning_compress.pruning.channels.places import ChannelGroup
 from lightning_compress.pruning.channels.plan import TOLERANCE, CostModel, Scope, least_cost, plan_channels
 from lightning_compress.pruning.channels.state import ChannelState
+from lightning_compress.quantization.dct import DCT
+from lightning_compress.quantization.scheme import Scheme
 from lightning_compress.report import model_statistics
 from lightning_compress.schedules import resolve_step
 from lightning_compress.selection import match_names
@@ -197,6 +199,8 @@ class ChannelPruning(GradualCompressor):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, QuantizationAwareTraining):
+                _check_transform(callback.scheme)
             if isinstance(callback, QuantizationAwareTraining) and type(callback.start) is type(self.start):
                 self._check_order(float(self.start), float(callback.start))
         # The channels belong to the module: a second fit finds them, a deep copy of the module has its own.
@@ -434,6 +438,16 @@ class ChannelPruning(GradualCompressor):
         if self._tap is not None:
             self._tap.remove()
             self._tap = None
+
+
+def _check_transform(scheme: Scheme) -> None:
+    transform = scheme.weight_transform
+    if isinstance(transform, DCT) and transform.block is not None:
+        raise ValueError(
+            f"`weight_transform={transform}` transforms {transform.block} inputs of a layer together, and "
+            "`ChannelPruning` removes some of them: the others' coefficients would change. Transform "
+            'kernels alone with `weight_transform="dct"`.'
+        )
 
 
 def _plain_input(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
@@ -20,6 +20,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.processes import average_, check_alike
 from lightning_compress.quantization import Quantization, prepare, quantization_of, strip
 from lightning_compress.quantization.batchnorm import freeze_batchnorm_, running_statistics
+from lightning_compress.quantization.dct import DCT
 from lightning_compress.quantization.estimators import RangeMethod
 from lightning_compress.quantization.placement_report import PlacementReport, placement_report
 from lightning_compress.quantization.scheme import Scheme
@@ -76,6 +77,9 @@ class QuantizationAwareTraining(Compressor):
         reduce_range: Whether weights of 8 bits use 7: processors without VNNI saturate sums of 8-bit products.
         ranges: How scales are found: ``"minmax"``, ``"percentile"``, ``"mse"`` or ``"learned"`` (Esser et al. 2020,
             arXiv:1902.08153); by default those of 7 and 8 bits by the extremes, and those below are learned.
+        weight_transform: ``"dct"``, or a `DCT` with its settings: weights are rounded to ``weight_bits`` in the
+            frequencies of their kernels. What an archive keeps are these integers; what computes, in the ONNX file too,
+            are the 8-bit integers that they decode to.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -111,10 +115,19 @@ class QuantizationAwareTraining(Compressor):
         symmetric: bool = False,
         reduce_range: bool = False,
         ranges: RangeMethod | None = None,
+        weight_transform: Literal["dct"] | DCT | None = None,
     ) -> None:
         super().__init__()
         self.scheme = Scheme(
-            weight_bits, activation_bits, exclude, overrides or {}, edge_bits, symmetric, reduce_range, ranges
+            weight_bits,
+            activation_bits,
+            exclude,
+            overrides or {},
+            edge_bits,
+            symmetric,
+            reduce_range,
+            ranges,
+            weight_transform,
         )
         start, freeze, observe_every = plain((start, freeze, observe_every))
         check_moment("start", start)

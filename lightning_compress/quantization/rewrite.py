@@ -26,6 +26,8 @@ from lightning_compress.graph import (
     passed_parameters,
     shaped_key,
 )
+from lightning_compress.quantization.coefficients import CoefficientQuantizer
+from lightning_compress.quantization.dct import DCT
 from lightning_compress.quantization.layers import (
     FoldedNormForward,
     QuantizedCall,
@@ -210,7 +212,12 @@ class _Rewriter:
         place = self.placement.weights[key]
         # The scale of signs is known: nothing of it is sought or learned.
         method = self.state.scheme.method(place.bits) if place.bits > 1 else "minmax"
-        self.state.weights.setdefault(place.name, WeightQuantizer(place.bits, 1 if is_transposed else 0, method))
+        quantizer = WeightQuantizer(place.bits, 1 if is_transposed else 0, method)
+        scheme = self.state.scheme
+        if isinstance(scheme.weight_transform, DCT) and place.bits > 1:
+            quantizer.coefficients = CoefficientQuantizer(place.bits, scheme.weight_transform)
+            quantizer.integer_bits = 7 if scheme.reduce_range else 8
+        self.state.weights.setdefault(place.name, quantizer)
 
     def _weight(self, key: WeightKey) -> RoundedWeight:
         place = self.placement.weights[key]

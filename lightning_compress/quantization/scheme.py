@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lightning_compress.quantization.dct import DCT
 from lightning_compress.quantization.estimators import RANGE_METHODS, RangeMethod
 from lightning_compress.selection import match_names
 from lightning_compress.settings import plain
@@ -47,9 +48,11 @@ class Scheme:
         reduce_range: Whether weights of 8 bits use 7: processors without VNNI saturate sums of 8-bit products.
         ranges: How scales are found: ``"minmax"``, ``"percentile"``, ``"mse"`` or ``"learned"``; None learns those
             below `MIN_MAX_BITS` bits, and takes the extremes from there on.
+        weight_transform: `DCT`, or ``"dct"`` for ``DCT()``: weights of more than one bit are rounded in frequencies.
 
     Raises:
-        ValueError: If bits are out of range, an override has a setting that is none, or ``ranges`` is unknown.
+        ValueError: If bits are out of range, an override has a setting that is none, or ``ranges`` or
+            ``weight_transform`` is unknown.
         TypeError: If bits are no ints.
 
     Example:
@@ -68,6 +71,7 @@ class Scheme:
     symmetric: bool = False
     reduce_range: bool = False
     ranges: RangeMethod | None = None
+    weight_transform: DCT | Mapping[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -78,6 +82,11 @@ class Scheme:
         if self.ranges is not None and self.ranges not in RANGE_METHODS:
             known = ", ".join(f'"{method}"' for method in RANGE_METHODS)
             raise ValueError(f"`ranges` must be one of {known}, or None, got {self.ranges!r}.")
+        object.__setattr__(self, "weight_transform", _transform(self.weight_transform))
+        if not isinstance(self.weight_transform, DCT | None):
+            raise ValueError(f'`weight_transform` must be "dct", a `DCT` or None, got {self.weight_transform!r}.')
+        if self.weight_transform is not None and self.weight_bits == 1:
+            raise ValueError("`weight_transform` rounds coefficients to 2 to 8 bits, got `weight_bits=1`.")
         for pattern, settings in self.overrides.items():
             for name, bits in settings.items():
                 if name not in ("weight_bits", "activation_bits"):
@@ -90,7 +99,8 @@ class Scheme:
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain types, for a checkpoint."""
         overrides = {pattern: dict(settings) for pattern, settings in self.overrides.items()}
-        return {**vars(self), "exclude": list(self.exclude), "overrides": overrides}
+        transform = asdict(self.weight_transform) if isinstance(self.weight_transform, DCT) else None
+        return {**vars(self), "exclude": list(self.exclude), "overrides": overrides, "weight_transform": transform}
 
     def settings(self, names: Sequence[str], edges: Collection[str]) -> dict[str, LayerSettings]:
         """Return the settings of every layer.
@@ -125,6 +135,13 @@ class Scheme:
             ('minmax', 'learned', 'mse')
         """
         return self.ranges or ("minmax" if bits >= MIN_MAX_BITS else "learned")
+
+
+def _transform(given: Any) -> Any:
+    """Return a transform from its name or from what a checkpoint tells of it; anything else as it came."""
+    if given == "dct":
+        return DCT()
+    return DCT(**given) if isinstance(given, Mapping) else given
 
 
 def check_bits(name: str, bits: int, least: int = 2) -> None:

@@ -181,7 +181,7 @@ class Quantization:
         """Begin to learn the step sizes of one weight, if the scheme wants it and it has not begun."""
         quantizer = self.weights[name]
         if self.is_learning and quantizer.method == "learned" and quantizer.step is None:
-            quantizer.step = self.steps.add(WEIGHT_PREFIX + name, quantizer.scales(weight.detach()))
+            quantizer.step = self.steps.add(WEIGHT_PREFIX + name, quantizer.first_step(weight.detach()))
 
     @torch.no_grad()
     def clip_binary_(self) -> None:
@@ -214,7 +214,7 @@ class Quantization:
         self.ranges.reset()
         self.steps.clear()
         for quantizer in self.weights.values():
-            quantizer.step = None
+            quantizer.forget()
 
     def begin_anew(self) -> None:
         """Compute in float, and forget all that was observed, learned and taken in since the model was prepared."""
@@ -267,6 +267,7 @@ class Quantization:
             "shapeless": sorted(self.shapeless),
             "ranges": self.ranges.state_dict(self._used),
             "steps": self.steps.state_dict(self._used),
+            "coefficients": {name: found for name, one in self.weights.items() if (found := one.coefficient_state())},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -290,7 +291,9 @@ class Quantization:
         self.ranges.load_state_dict(state["ranges"])
         self.steps.load_state_dict(state["steps"])
         for quantizer in self.weights.values():
-            quantizer.step = None  # that of another fit
+            quantizer.forget()  # what another fit has found
+        for name, found in state.get("coefficients", {}).items():
+            self.weights[name].load_coefficients(found)
         for name, step in self.steps.leaves.items():
             if name.startswith(WEIGHT_PREFIX):
                 self.weights[name.removeprefix(WEIGHT_PREFIX)].step = step

@@ -26,6 +26,7 @@ from lightning_compress.storage.coding import Coder, check_coders
 from lightning_compress.storage.size import ArchiveSize
 from lightning_compress.storage.tensors import (
     DTYPES,
+    FrequencyWeight,
     IntegerWeight,
     as_words,
     check_storable,
@@ -61,7 +62,7 @@ def write_archive(
     path: str | os.PathLike[str],
     *,
     coders: Sequence[Coder] = ("fixed", "huffman"),
-    integers: Mapping[str, IntegerWeight] | None = None,
+    integers: Mapping[str, IntegerWeight | FrequencyWeight] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> ArchiveSize:
     """Write tensors into an archive, each in the form that takes the fewest bytes.

@@ -15,10 +15,13 @@ from lightning_compress.copying import copy_of
 from lightning_compress.errors import ArchiveError, CompressionError
 from lightning_compress.pruning.channels.narrowing import narrow_
 from lightning_compress.quantization import quantization_of
+from lightning_compress.quantization.affine import integer_weight
+from lightning_compress.quantization.coefficients import decoded_weight
+from lightning_compress.quantization.weights import WeightQuantizer
 from lightning_compress.storage.archive import LARGEST, ArchiveReader, write_archive
 from lightning_compress.storage.coding import Coder
 from lightning_compress.storage.size import ArchiveSize
-from lightning_compress.storage.tensors import IntegerWeight, check_storable
+from lightning_compress.storage.tensors import FrequencyWeight, IntegerWeight, check_storable
 
 CHANNELS = "lightning_compress.channels"
 """Under which name of the metadata the channels lie that a shrunk network has kept."""
@@ -133,14 +136,14 @@ def load_compressed(
     return weights
 
 
-def _integer_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, IntegerWeight]:
+def _integer_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, IntegerWeight | FrequencyWeight]:
     """Return what the weights of a quantized model are made of, by their names in its state dict.
 
     A weight that is rounded for some of its uses alone stays as it is, and a warning names it: so do those that a
     function reads, and the parts of one that attention reads.
     """
     state = quantization_of(model)
-    found: dict[str, IntegerWeight] = {}
+    found: dict[str, IntegerWeight | FrequencyWeight] = {}
     if state is None or not state.is_quantizing:
         return found
     prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is state.model), "")
@@ -150,9 +153,7 @@ def _integer_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
         if key not in tensors:
             left.append(f"`{prefix}{name}`")
             continue
-        integers, scales = quantizer.integers(tensors[key])
-        integers = integers if quantizer.axis == 0 else integers.transpose(0, quantizer.axis)
-        found[key] = IntegerWeight(integers.cpu().contiguous(), scales.detach().cpu(), quantizer.axis)
+        found[key] = _parts(quantizer, tensors[key])
     for names in _tied(tensors):
         uses = [found.pop(name, None) for name in names]
         first = uses[0]
@@ -167,6 +168,24 @@ def _integer_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
             stacklevel=3,
         )
     return found
+
+
+def _parts(quantizer: WeightQuantizer, tensor: Tensor) -> IntegerWeight | FrequencyWeight:
+    integers, scales = quantizer.integers(tensor)
+    integers = integers if quantizer.axis == 0 else integers.transpose(0, quantizer.axis)
+    weight = IntegerWeight(integers.cpu().contiguous(), scales.detach().cpu(), quantizer.axis)
+    coefficients = quantizer.coefficients_of(tensor)
+    if coefficients is None:
+        return weight
+    steps = quantizer.coefficient_step(tensor).detach()
+    codes = coefficients.integers(tensor.transpose(0, quantizer.axis), steps)
+    assert coefficients.ratios is not None
+    block, rows = coefficients.transform.block, tensor.transpose(0, quantizer.axis)
+    decoded = decoded_weight(codes, steps, coefficients.ratios, rows.shape, block)
+    is_whole = torch.equal(integer_weight(decoded, quantizer.integer_bits)[0], quantizer.integers(tensor)[0])
+    return FrequencyWeight(
+        codes.cpu(), steps.cpu(), coefficients.ratios.cpu(), weight, block, quantizer.integer_bits, is_whole
+    )
 
 
 def _tied(tensors: Mapping[str, Tensor]) -> list[list[str]]:

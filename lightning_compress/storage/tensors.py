@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_compress.errors import ArchiveError
+from lightning_compress.quantization.affine import integer_weight
+from lightning_compress.quantization.coefficients import decoded_weight
+from lightning_compress.quantization.dct import LARGEST_BLOCK
 from lightning_compress.storage.bits import Reader, varint
 from lightning_compress.storage.coding import (
     LARGEST_ALPHABET,
@@ -43,8 +46,8 @@ Words = npt.NDArray[np.unsignedinteger]
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SPARSE, _DENSE = 1, 0
-_RAW, _SHARED, _INTEGERS = "raw", "shared", "integers"
-_KINDS = (_RAW, _SHARED, _INTEGERS)
+_RAW, _SHARED, _INTEGERS, _FREQUENCIES = "raw", "shared", "integers", "frequencies"
+_KINDS = (_RAW, _SHARED, _INTEGERS, _FREQUENCIES)
 _MANY = 32
 """Different values from which on each output channel may be better off with a table of its own."""
 
@@ -70,6 +73,33 @@ class IntegerWeight:
         """Return the weight in float32."""
         shape = [-1 if dim == self.axis else 1 for dim in range(self.integers.dim())]
         return self.integers.float() * self.scales.float().view(shape)
+
+
+@dataclass(frozen=True)
+class FrequencyWeight:
+    """What a weight is that was quantized in its frequencies: integer coefficients, and how they decode.
+
+    Args:
+        coefficients: Int8, shape ``(channels, blocks, frequencies)``.
+        steps: Of every channel, float32, shape ``(channels,)``.
+        ratios: Of every frequency, float32, shape ``(frequencies,)``.
+        weight: The integers that compute.
+        block: Inputs of a block where the kernel has one position, or None.
+        bits: Bits of the integers that compute.
+        is_whole: Whether the coefficients alone decode to it; else there are zeros to be put in.
+    """
+
+    coefficients: Tensor
+    steps: Tensor
+    ratios: Tensor
+    weight: IntegerWeight
+    block: int | None
+    bits: int
+    is_whole: bool
+
+    def values(self) -> Tensor:
+        """Return the weight in float32."""
+        return self.weight.values()
 
 
 @dataclass(frozen=True)
@@ -103,34 +133,35 @@ class TensorSize:
 
 @dataclass(frozen=True)
 class _Values:
-    """One way to write the entries that are not left out: a table, and what points into it."""
+    """One way to write the entries that are not left out: a table, and streams of symbols that point into it."""
 
     kind: str
     table: bytes
-    symbols: Symbols | None
-    n_alphabet: int
-    n_raw_bytes: int = 0
+    streams: tuple[tuple[Symbols, int], ...] = ()  # with the size of its alphabet each
 
     def bits(self, can_split_bits: bool) -> float:
         """Return what it will take, about."""
-        if self.symbols is None:
-            return 8.0 * self.n_raw_bytes
-        least = 0.0 if can_split_bits else float(len(self.symbols))
-        return 8.0 * len(self.table) + max(entropy_bits(self.symbols), least)
+        least = 0.0 if can_split_bits else 1.0
+        return 8.0 * len(self.table) + sum(max(entropy_bits(one), least * len(one)) for one, _ in self.streams)
 
     @property
     def fixed_bits(self) -> int:
-        if self.symbols is None:
-            return 8 * self.n_raw_bytes
-        return 8 * len(self.table) + len(self.symbols) * max((self.n_alphabet - 1).bit_length(), 1)
+        return 8 * len(self.table) + sum(len(one) * max((size - 1).bit_length(), 1) for one, size in self.streams)
 
     @property
     def bound_bits(self) -> float:
-        return 8.0 * self.n_raw_bytes if self.symbols is None else 8.0 * len(self.table) + entropy_bits(self.symbols)
+        return 8.0 * len(self.table) + sum(entropy_bits(one) for one, _ in self.streams)
+
+    @property
+    def n_values(self) -> int | None:
+        return max((len(np.unique(one)) for one, _ in self.streams), default=None) if self.streams else None
 
 
 def encode_tensor(
-    name: str, tensor: Tensor, coders: Sequence[Coder], integers: IntegerWeight | None = None
+    name: str,
+    tensor: Tensor,
+    coders: Sequence[Coder],
+    integers: IntegerWeight | FrequencyWeight | None = None,
 ) -> tuple[bytes, TensorSize]:
     """Return a tensor in the form that takes the fewest bytes, and what it takes.
 
@@ -163,15 +194,19 @@ def encode_tensor(
             forms.append((values.bits(can_split_bits) + (gap_cost if form == _SPARSE else 0.0), form, values))
     if integers is not None and torch.equal(integers.values(), tensor.detach().cpu()):
         for form in (_DENSE, _SPARSE):
-            values = _as_integers(integers, None if form == _DENSE else kept)
+            if isinstance(integers, IntegerWeight):
+                values = _as_integers(integers, None if form == _DENSE else kept)
+            elif form == _SPARSE or integers.is_whole:
+                values = _as_frequencies(integers)
+            else:
+                continue
             forms.append((values.bits(can_split_bits) + (gap_cost if form == _SPARSE else 0.0), form, values))
     _, form, values = min(forms, key=lambda found: found[0])
     parts = [bytes([form | _KINDS.index(values.kind) << 1])]
     if form == _SPARSE:
         parts += [bytes([gap_bits]), encode_stream(gaps, 1 << gap_bits, coders)]
     parts.append(values.table)
-    if values.symbols is not None:
-        parts.append(encode_stream(values.symbols, values.n_alphabet, coders))
+    parts += [encode_stream(symbols, n_alphabet, coders) for symbols, n_alphabet in values.streams]
     payload = b"".join(parts)
     is_sparse = form == _SPARSE
     fixed_gaps = len(gaps) * gap_bits if is_sparse else 0
@@ -180,7 +215,7 @@ def encode_tensor(
         name=name,
         shape=tuple(tensor.shape),
         n_nonzero=len(kept),
-        n_values=None if values.symbols is None else len(np.unique(values.symbols)),
+        n_values=values.n_values,
         form=("sparse " if is_sparse else "") + values.kind,
         dense_bits=8 * words.nbytes,
         pruned_bits=fixed_gaps + 8 * n_written * words.itemsize,
@@ -214,8 +249,10 @@ def decode_tensor(payload: bytes, dtype: torch.dtype, shape: Sequence[int]) -> T
         written = np.frombuffer(reader.take(n_written * dtype.itemsize), f"<u{dtype.itemsize}").astype(unsigned)
     elif kind == _SHARED:
         written = _read_shared(reader, n, n_written, shape, kept, unsigned)
-    else:
+    elif kind == _INTEGERS:
         written = _read_integers(reader, n, n_written, shape, kept, dtype)
+    else:
+        written = _read_frequencies(reader, shape, kept, dtype)
     if reader.n_left:
         raise ArchiveError(f"{reader.n_left} bytes follow a tensor that has ended.")
     if kept is not None:
@@ -260,11 +297,11 @@ def as_words(name: str, tensor: Tensor) -> Words:
 
 def _ways_to_write(words: Words, shape: Sequence[int], kept: npt.NDArray[np.int64] | None) -> list[_Values]:
     raw = words.astype(words.dtype.newbyteorder("<")).tobytes()
-    ways = [_Values(_RAW, raw, None, 0, len(raw))]
+    ways = [_Values(_RAW, raw)]
     table = _few_values(words)
     if table is not None:
         symbols = np.searchsorted(table, words).astype(np.uint16)
-        ways.append(_Values(_SHARED, _table([table], len(table)), symbols, len(table)))
+        ways.append(_Values(_SHARED, _table([table], len(table)), ((symbols, len(table)),)))
     if len(shape) > 1 and len(words) and (table is None or len(table) > _MANY):
         ways += _shared_by_rows(words, shape, kept)
     return ways
@@ -297,7 +334,7 @@ def _shared_by_rows(words: Words, shape: Sequence[int], kept: npt.NDArray[np.int
         symbols[first:end] = np.searchsorted(table, words[first:end])
         tables.append(table)
     largest = max(map(len, tables))
-    return [_Values(_SHARED, _table(tables, largest), symbols, largest)]
+    return [_Values(_SHARED, _table(tables, largest), ((symbols, largest),))]
 
 
 def _rows(shape: Sequence[int], kept: npt.NDArray[np.int64] | None, n_written: int) -> npt.NDArray[np.int64]:
@@ -338,7 +375,21 @@ def _as_integers(weight: IntegerWeight, kept: npt.NDArray[np.int64] | None) -> _
     n_alphabet = int(written.max()) - least + 1 if len(written) else 1
     scales = weight.scales.float().numpy().astype("<f4").tobytes()
     table = bytes([weight.axis, least + 128]) + varint(len(weight.scales)) + scales
-    return _Values(_INTEGERS, table, (written - least).astype(np.uint16), n_alphabet)
+    return _Values(_INTEGERS, table, (((written - least).astype(np.uint16), n_alphabet),))
+
+
+def _as_frequencies(weight: FrequencyWeight) -> _Values:
+    """Return the coefficients of each frequency as a stream of its own: their ranges differ."""
+    columns = weight.coefficients.numpy().astype(np.int16).reshape(-1, weight.coefficients.shape[-1]).T
+    streams, least = [], []
+    for column in columns:
+        low = int(column.min()) if len(column) else 0
+        streams.append(((column - low).astype(np.uint16), int(column.max()) - low + 1 if len(column) else 1))
+        least.append(low + 128)
+    floats = np.concatenate([weight.ratios.float().numpy(), weight.steps.float().numpy()]).astype("<f4")
+    header = bytes([weight.weight.axis, weight.bits, weight.block or 0])
+    table = header + varint(len(columns)) + varint(len(weight.steps)) + bytes(least) + floats.tobytes()
+    return _Values(_FREQUENCIES, table, tuple(streams))
 
 
 def _read_integers(
@@ -357,6 +408,40 @@ def _read_integers(
     positions = np.arange(n) if kept is None else kept
     channels = positions // max(math.prod(shape[axis + 1 :]), 1) % shape[axis]
     return (integers * scales[channels] + np.float32(0)).view(np.uint32)
+
+
+def _read_frequencies(
+    reader: Reader, shape: Sequence[int], kept: npt.NDArray[np.int64] | None, dtype: torch.dtype
+) -> Words:
+    axis, bits, block = reader.byte(), reader.byte(), reader.byte()
+    n_frequencies, n_steps = reader.varint(), reader.varint()
+    if dtype != torch.float32 or len(shape) < 2 or axis > 1 or not 2 <= bits <= 8 or n_steps != shape[axis]:
+        raise ArchiveError(f"{n_steps} steps along dimension {axis} are not those of the shape {tuple(shape)}.")
+    if block == 1 or block > LARGEST_BLOCK:
+        raise ArchiveError(f"A block has {block} inputs, which are not 2 to {LARGEST_BLOCK}.")
+    first = (shape[1], shape[0], *shape[2:]) if axis else tuple(shape)  # output channels first
+    n_expected = math.prod(shape[2:])
+    n_expected = n_expected if n_expected > 1 else block
+    if n_frequencies != n_expected or n_frequencies < 2:
+        raise ArchiveError(f"{n_frequencies} frequencies are not those of the shape {tuple(shape)}.")
+    least = np.frombuffer(reader.take(n_frequencies), np.uint8).astype(np.int16) - 128
+    floats = np.frombuffer(reader.take(4 * (n_frequencies + n_steps)), "<f4").astype(np.float32)
+    if not np.isfinite(floats).all():
+        raise ArchiveError("A step of coefficients is NaN or infinite.")
+    n_blocks = -(-math.prod(first[1:]) // n_frequencies)
+    columns = [_read_symbols(reader, n_steps * n_blocks, 256).astype(np.int16) + low for low in least]
+    codes = np.stack(columns, -1).reshape(n_steps, n_blocks, n_frequencies)
+    ratios, steps = torch.from_numpy(floats[:n_frequencies]), torch.from_numpy(floats[n_frequencies:])
+    decoded = decoded_weight(torch.from_numpy(codes), steps, ratios, first, block or None)
+    if kept is not None:  # what was pruned counted for nothing when the weight was rounded
+        mask = torch.zeros(math.prod(shape), dtype=torch.bool)
+        mask[torch.from_numpy(kept)] = True
+        mask = mask.reshape(tuple(shape))
+        decoded = decoded * (mask.transpose(0, 1) if axis else mask)
+    integers, scales = integer_weight(decoded, bits)
+    integers = integers.transpose(0, 1).contiguous() if axis else integers
+    words = (IntegerWeight(integers, scales, axis).values() + 0.0).reshape(-1).numpy().view(np.uint32)
+    return words if kept is None else words[kept]
 
 
 def _read_symbols(reader: Reader, n: int, n_alphabet: int) -> Symbols:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_compress.quantization.estimators import RangeMethod
-from lightning_compress.quantization.weights import WeightQuantizer, least_squares_scales
+from lightning_compress.quantization.scales import least_squares_scales
+from lightning_compress.quantization.weights import WeightQuantizer
 
 
 def test_the_least_squares_scale_of_a_channel_with_an_outlier() -> None:
