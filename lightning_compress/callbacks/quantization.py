@@ -61,8 +61,9 @@ class QuantizationAwareTraining(Compressor):
         weight_bits: Bits of weights, 1 to 8: 2 are ternary (-1, 0, 1), and 1 is binary: signs, with the mean magnitude
             of each output channel (Rastegari et al. 2016, arXiv:1603.05279); the weights behind them are kept within
             [-1, 1] (Courbariaux et al. 2016, arXiv:1602.02830).
-        activation_bits: Bits of the activations that layers and matrix products read, 2 to 8. Inputs and results of
-            the network keep 8, and so does what only additions and poolings read: no runtime has kernels below that.
+        activation_bits: Bits of the activations that layers and matrix products read, 1 to 8, where 1 are signs: -1
+            and 1, or 0 and 1 behind a ReLU (Courbariaux et al. 2016). Inputs and results of the network keep 8, and so
+            does what only additions and poolings read: no runtime has kernels below that.
         start: When rounding begins: a share of the run (float) or optimizer steps (int).
         freeze: When ranges and batch-norm statistics are frozen: a share of the run (float) or optimizer steps (int).
             Best when the learning rate is already small: without statistics of its own batch a network takes large

@@ -413,8 +413,9 @@ def _on_grid(
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
     low, high = bounds or grid.bounds()
-    settings = (grid.scale, grid.zero_point, grid.zero_point + low, grid.zero_point + high, torch.uint8)
-    result = _OPS.dequantize_per_tensor(_OPS.quantize_per_tensor(x, *settings), *settings)
+    settings = (grid.zero_point, grid.zero_point + low, grid.zero_point + high, torch.uint8)
+    integers = _OPS.quantize_per_tensor(x, grid.step, *settings)
+    result = _OPS.dequantize_per_tensor(integers, grid.scale, *settings)
     setattr(result, _GRID, grid)
     if names is not None:
         names.append(name)

@@ -14,15 +14,23 @@ from lightning_compress.quantization.kept_memory import KeptMemory
 NO_CLAMP = (-math.inf, math.inf)
 """Bounds of an activation that has none."""
 
+SIGN_STEP = 2.0**-14
+"""What is nearer to zero than half of it has no sign: runtimes take signs by rounding to multiples of it.
+
+Sums of signs often are exactly zero in integers and next to nothing in floats: both must give the same.
+"""
+
 
 @dataclass(frozen=True)
 class AffineGrid:
     """Unsigned integers ``0 .. 2**bits - 1`` that stand for ``scale * (integer - zero_point)``.
 
+    With one bit these are signs: the integers 0, 1 and 2 around a zero point of 1, where what is zero stays zero.
+
     Args:
         scale: Distance of two neighbouring values, greater than 0.
         zero_point: The integer that stands for zero, in [0, 2**bits - 1].
-        bits: Number of bits, 2 to 8.
+        bits: Number of bits, 1 to 8.
 
     Example:
         >>> grid = AffineGrid(scale=0.5, zero_point=1, bits=2)
@@ -37,7 +45,12 @@ class AffineGrid:
     @property
     def largest(self) -> int:
         """The largest integer of the grid."""
-        return int(2**self.bits - 1)
+        return 2 if self.bits == 1 else int(2**self.bits - 1)
+
+    @property
+    def step(self) -> float:
+        """What values are divided by before they are rounded: the scale, but for signs next to nothing."""
+        return SIGN_STEP if self.bits == 1 else self.scale
 
     def bounds(self, clamp: tuple[float, float] = NO_CLAMP) -> tuple[int, int]:
         """Return the least and the greatest multiple of ``scale`` inside both the grid and ``clamp``.
@@ -49,6 +62,8 @@ class AffineGrid:
             Two integers relative to the zero point.
         """
         low, high = -self.zero_point, self.largest - self.zero_point
+        if self.bits == 1:
+            return (low if clamp[0] < 0 else 0), (high if clamp[1] > 0 else 0)
         if clamp[0] > low * self.scale:
             low = round(clamp[0] / self.scale)
         if clamp[1] < high * self.scale:
@@ -69,7 +84,7 @@ def affine_parameters(
             the greater of the two absolute values.
 
     Returns:
-        Scales and zero points as float32, shape (n,). A range without extent gets scale 1.
+        Scales and zero points as float32, shape (n,). A range without extent gets scale 1, and so do signs, around 1.
 
     Example:
         >>> scale, zero_point = affine_parameters(torch.tensor([-1.0]), torch.tensor([2.0]), torch.tensor([255.0]))
@@ -81,7 +96,8 @@ def affine_parameters(
     scale = torch.maximum(-minimum, maximum) / (middle - 1) if symmetric else (maximum - minimum) / largest
     scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
     zero_point = middle if symmetric else (-minimum / scale).round_().clamp_(min=0.0).minimum(largest)
-    return scale, zero_point
+    has_signs = largest == 1
+    return torch.where(has_signs, 1.0, scale), torch.where(has_signs, 1.0, zero_point)
 
 
 def fake_quantize(x: Tensor, grid: AffineGrid, clamp: tuple[float, float] = NO_CLAMP) -> Tensor:

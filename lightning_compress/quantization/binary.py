@@ -1,4 +1,4 @@
-"""Binary weights: the sign of every weight, and one magnitude for each output channel."""
+"""Signs: of weights, with one magnitude for each output channel, and of activations."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_compress.quantization.affine import NO_CLAMP, AffineGrid
+
+SIGNS = AffineGrid(scale=1.0, zero_point=1, bits=1)
+"""The grid of binary activations."""
 
 LARGEST_LATENT = 1.0
 """Where the weights behind the signs end: further out, nothing would ever bring the sign back."""
@@ -48,6 +53,39 @@ def binary_weight(weight: Tensor) -> Tensor:
         ([[1.0, -1.0]], [[1.0, 0.0]])
     """
     return _BinaryWeight.apply(weight)  # type: ignore[no-any-return]
+
+
+def binary_activation(x: Tensor, clamp: tuple[float, float] = NO_CLAMP) -> Tensor:
+    """Return the signs of ``x``; the gradient passes where it lies within [-1, 1] and within ``clamp``.
+
+    Source: Courbariaux et al. 2016, "Binarized neural networks", equations 1 and 4, arXiv:1602.02830; what is zero, as
+    a channel that was removed, stays zero.
+
+    Args:
+        x: Floating-point tensor of any shape.
+        clamp: Bounds of the activation that this rounding takes over: behind a ReLU the signs are 0 and 1.
+
+    Example:
+        >>> x = torch.tensor([-3.0, -0.5, 0.0, 0.5], requires_grad=True)
+        >>> signs = binary_activation(x)
+        >>> signs.sum().backward()
+        >>> signs.tolist(), x.grad.tolist(), binary_activation(x, clamp=(0.0, 6.0)).tolist()
+        ([-1.0, -1.0, 0.0, 1.0], [0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0])
+    """
+    return _BinaryActivation.apply(x, clamp)  # type: ignore[no-any-return]
+
+
+class _BinaryActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clamp: tuple[float, float]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = max(-LARGEST_LATENT, clamp[0]), min(LARGEST_LATENT, clamp[1])
+        return (x.float() / SIGNS.step).round_().clamp_(*SIGNS.bounds(clamp)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(gradients[0], x, *ctx.bounds), None
 
 
 class _BinaryWeight(torch.autograd.Function):

@@ -210,8 +210,7 @@ class _Rewriter:
 
     def _add_weight(self, key: WeightKey, is_transposed: bool) -> None:
         place = self.placement.weights[key]
-        # The scale of signs is known: nothing of it is sought or learned.
-        method = self.state.scheme.method(place.bits) if place.bits > 1 else "minmax"
+        method = self.state.scheme.method(place.bits)
         quantizer = WeightQuantizer(place.bits, 1 if is_transposed else 0, method)
         scheme = self.state.scheme
         if isinstance(scheme.weight_transform, DCT) and place.bits > 1:

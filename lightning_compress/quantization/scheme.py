@@ -24,7 +24,7 @@ class LayerSettings:
 
     Attributes:
         weight_bits: Bits of its weight, 1 to 8.
-        activation_bits: Bits of the value it reads, 2 to 8; where several layers read a value, the most of them.
+        activation_bits: Bits of the value it reads, 1 to 8; where several layers read a value, the most of them.
     """
 
     weight_bits: int = 8
@@ -37,8 +37,9 @@ class Scheme:
 
     Args:
         weight_bits: Bits of weights, 1 to 8: 2 are ternary (-1, 0, 1), 1 is binary, see `binary_weight`.
-        activation_bits: Bits of the activations that layers and matrix products read, 2 to 8; inputs and results of the
-            model keep 8, and so does what only additions and poolings read.
+        activation_bits: Bits of the activations that layers and matrix products read, 1 to 8, where 1 are signs, see
+            `binary_activation`; inputs and results of the model keep 8, and so does what only additions and poolings
+            read.
         exclude: Patterns of layer names that stay in float.
         overrides: Settings other than these by pattern of layer names, such as ``{"head": {"weight_bits": 8}}``; where
             several patterns match, the last one wins.
@@ -76,7 +77,7 @@ class Scheme:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             object.__setattr__(self, name, plain(value))
-        check_bits("weight_bits", self.weight_bits, least=1)
+        check_bits("weight_bits", self.weight_bits)
         check_bits("activation_bits", self.activation_bits)
         check_bits("edge_bits", self.edge_bits)
         if self.ranges is not None and self.ranges not in RANGE_METHODS:
@@ -94,7 +95,7 @@ class Scheme:
                         f"`overrides` for {pattern!r} has the setting {name!r}; a layer has `weight_bits` and "
                         "`activation_bits`."
                     )
-                check_bits(f"overrides[{pattern!r}][{name!r}]", bits, least=1 if name == "weight_bits" else 2)
+                check_bits(f"overrides[{pattern!r}][{name!r}]", bits)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain types, for a checkpoint."""
@@ -128,12 +129,14 @@ class Scheme:
         return {name: LayerSettings(**settings) for name, settings in found.items()}
 
     def method(self, bits: int) -> RangeMethod:
-        """Return how the scale of a grid of ``bits`` bits is found.
+        """Return how the scale of a grid of ``bits`` bits is found; of signs it is known.
 
         Example:
             >>> Scheme().method(8), Scheme().method(4), Scheme(ranges="mse").method(4)
             ('minmax', 'learned', 'mse')
         """
+        if bits == 1:
+            return "minmax"
         return self.ranges or ("minmax" if bits >= MIN_MAX_BITS else "learned")
 
 
@@ -144,8 +147,8 @@ def _transform(given: Any) -> Any:
     return DCT(**given) if isinstance(given, Mapping) else given
 
 
-def check_bits(name: str, bits: int, least: int = 2) -> None:
-    """Check that ``bits`` is an int from ``least`` to 8.
+def check_bits(name: str, bits: int) -> None:
+    """Check that ``bits`` is an int from 1 to 8.
 
     Raises:
         TypeError: If it is no int.
@@ -155,9 +158,9 @@ def check_bits(name: str, bits: int, least: int = 2) -> None:
         >>> check_bits("weight_bits", 16)
         Traceback (most recent call last):
         ...
-        ValueError: `weight_bits` must be from 2 to 8, got 16.
+        ValueError: `weight_bits` must be from 1 to 8, got 16.
     """
     if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(f"`{name}` must be an int from {least} to 8, got {bits!r}.")
-    if not least <= bits <= 8:
-        raise ValueError(f"`{name}` must be from {least} to 8, got {bits}.")
+        raise TypeError(f"`{name}` must be an int from 1 to 8, got {bits!r}.")
+    if not 1 <= bits <= 8:
+        raise ValueError(f"`{name}` must be from 1 to 8, got {bits}.")

@@ -16,6 +16,7 @@ from lightning_compress.quantization.affine import (
     fake_quantize_,
     fake_quantize_traced,
 )
+from lightning_compress.quantization.binary import binary_activation
 from lightning_compress.quantization.step_sizes import quantize_with_step
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ class QuantizerSite:
             self._observe(x)
         if not state.is_quantizing:
             return x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
-        if self.is_constant:
+        if state.ranges.bits[self.index] == 1:
+            rounded = self._signs(x)
+        elif self.is_constant:
             rounded = self._round_constant(x)
         elif self.index in state.ranges.learned:
             rounded = self._round_with_step(x)
@@ -105,6 +108,11 @@ class QuantizerSite:
             ranges.pin(self.index, x)
             return self._round(x)
         return self._on_grid(x, *ranges.parameters_over(self.index, *torch.aminmax(x.detach())))
+
+    def _signs(self, x: Tensor) -> Tensor:
+        if not (self.is_constant or self.state.is_observing or self.state.ranges.is_seen(self.index)):
+            return x.clamp(*self.clamp) if self.clamp != NO_CLAMP else x
+        return binary_activation(x, self.clamp)
 
     def _may_overwrite(self, x: Tensor) -> bool:
         is_kept = any(module is not None and has_hooks(module) for module in (self.producer, self.activation))

@@ -191,7 +191,7 @@ def test_the_phase_is_logged(tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         ({"weight_bits": 0}, "`weight_bits` must be from 1 to 8, got 0."),
-        ({"activation_bits": 9}, "`activation_bits` must be from 2 to 8, got 9."),
+        ({"activation_bits": 9}, "`activation_bits` must be from 1 to 8, got 9."),
         (
             {"start": 1.5},
             "`start` as a float is a share of the run in [0, 1], got 1.5. For optimizer steps pass an int.",

@@ -1,4 +1,4 @@
-"""Binary weights: signs and their magnitude by hand, through training, pruning, export and archive."""
+"""Binary weights and activations: signs by hand, through training, pruning, export and archive."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from onnx import TensorProto
 from torch import nn
 
 from lightning_compress import MagnitudePruning, OnnxExport, QuantizationAwareTraining, load_compressed, save_compressed
 from lightning_compress.export import export_onnx
-from lightning_compress.quantization.binary import binary_scales, binary_weight
+from lightning_compress.quantization.binary import binary_activation, binary_scales, binary_weight
 from lightning_compress.quantization.weights import WeightQuantizer
 from tests.compatibility.runs import LIGHTNING_NOISE, outputs_of
 from tests.small_networks import Residual, images, quantized, warmed
@@ -126,3 +127,78 @@ def _bits(module: nn.Module) -> dict[str, int]:
     state = quantization_of(module)
     assert state is not None
     return state.layer_bits
+
+
+def test_signs_of_activations_by_hand() -> None:
+    x = torch.tensor([-2.0, -0.5, 1e-6, 1e-4, 0.5, 2.0], requires_grad=True)
+    signs = binary_activation(x)
+    assert signs.tolist() == [-1.0, -1.0, 0.0, 1.0, 1.0, 1.0]
+    (3.0 * signs).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert x.grad.tolist() == [0.0, 3.0, 3.0, 3.0, 3.0, 0.0]
+    behind_relu = binary_activation(x, clamp=(0.0, 6.0))
+    assert behind_relu.tolist() == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+    x.grad = None
+    behind_relu.sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0, 0.0]  # type: ignore[attr-defined]
+
+
+class Signs(nn.Module):
+    """A network as of the paper's: every layer but the last reads what a hard tangent has bounded, or a ReLU."""
+
+    def __init__(self, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.conv1, self.norm1, self.act1 = nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), activation()
+        self.conv2, self.pool = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.MaxPool2d(2)
+        self.norm2, self.act2 = nn.BatchNorm2d(16), activation()
+        self.fc = nn.Linear(16 * 9, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act1(self.norm1(self.conv1(x)))
+        x = self.act2(self.norm2(self.pool(self.conv2(x))))
+        return self.fc(x.flatten(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("activation", [nn.Hardtanh, nn.ReLU, nn.Identity])
+def test_a_fully_binary_file_runs_in_integers_and_computes_what_was_trained(
+    tmp_path: Path, activation: type[nn.Module]
+) -> None:
+    torch.manual_seed(0)
+    model = warmed(Signs(activation))
+    state = quantized(model, weight_bits=1, activation_bits=1, edge_bits=1)
+    result = export_onnx(
+        model, images(), tmp_path / "model.onnx", verify_inputs=[images(32, seed) for seed in range(3)]
+    )
+    assert result.parity.top1_agreement == 1.0
+    audit = result.audit.counts()
+    assert all(integer == whole for kind, (integer, whole) in audit.items() if kind in ("Conv", "Gemm")), audit
+    state.recorded = []
+    model(images(32, 5))
+    found = {name: set(value.flatten().tolist()) for name, value in state.recorded}
+    inner = [values for values in found.values() if values <= {-1.0, 0.0, 1.0}]
+    assert len(inner) == 2  # what conv2 and fc read; the input and the result have 8 bits
+
+
+def test_a_fully_binary_network_learns_and_is_resumed_to_the_bit(tmp_path: Path) -> None:
+    def fit(folder: Path, ckpt: Path | None = None, *callbacks: Any) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        module = Decaying(16)
+        rounding = QuantizationAwareTraining(weight_bits=1, activation_bits=1, edge_bits=8, start=0.2)
+        trainer = quiet_trainer(folder, [rounding, *callbacks], max_epochs=12, enable_checkpointing=bool(callbacks))
+        trainer.fit(module, loader(256, 16), loader(64, seed=1), ckpt_path=ckpt)
+        return module, float(trainer.callback_metrics["val_acc"])
+
+    kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+    whole, accuracy = fit(tmp_path / "whole", None, kept)
+    assert accuracy > 0.7
+    again, _ = fit(tmp_path / "again", tmp_path / "kept" / "epoch=6.ckpt")
+    torch.testing.assert_close(again.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def test_compiled_signs_are_the_same() -> None:
+    torch.manual_seed(0)
+    model = warmed(Signs(nn.Hardtanh))
+    quantized(model, weight_bits=1, activation_bits=1)
+    expected = model(images())
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(images()), expected, rtol=0, atol=1e-5)

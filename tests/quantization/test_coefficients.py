@@ -44,7 +44,7 @@ def random_weight(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
 def test_the_transform_is_scipys(n: int) -> None:
-    from scipy.fft import dct
+    from scipy.fft import dct  # type: ignore[import-untyped]
 
     assert np.allclose(dct_matrix(n).numpy(), dct(np.eye(n), axis=0, norm="ortho"), atol=1e-15)
 

@@ -118,9 +118,9 @@ def test_layers_whose_input_was_never_observed_are_named() -> None:
     ("settings", "error", "message"),
     [
         ({"weight_bits": 9}, ValueError, "`weight_bits` must be from 1 to 8, got 9."),
-        ({"activation_bits": 1}, ValueError, "`activation_bits` must be from 2 to 8, got 1."),
+        ({"activation_bits": 0}, ValueError, "`activation_bits` must be from 1 to 8, got 0."),
         ({"weight_bits": 8.0}, TypeError, "`weight_bits` must be an int from 1 to 8, got 8.0."),
-        ({"activation_bits": True}, TypeError, "`activation_bits` must be an int from 2 to 8, got True."),
+        ({"activation_bits": True}, TypeError, "`activation_bits` must be an int from 1 to 8, got True."),
         (
             {"exclude": ["*"]},
             ValueError,
