@@ -9,6 +9,8 @@ convolution, classifier and the model's input keep 8 bits.
 Run it in pieces with ``--depths``, ``--jobs`` and ``--seeds``: what is in ``benchmarks/out`` is not measured again.
 ``--ranges`` compares ways to find the scales; ``--images`` shortens the epoch for that. With ``--checkpoint`` all seeds
 fine-tune one float checkpoint. ``--self-taught`` adds each job with the network as it was before as its teacher.
+``--transforms`` compares ways to write weights: as they are, or in the frequencies of their kernels, with as many bits
+for each or with bits where they tell; and the classic linear quantizer of so many levels over [min, max] of a layer.
 """
 
 from __future__ import annotations
@@ -35,13 +37,22 @@ from examples.evaluation import percent_equal, predict, predict_onnx
 from examples.fashion_mnist import load_images
 from examples.image_data import Batch, ImageData, ImageSet
 from examples.networks import ResNet, student
-from lightning_compress import KnowledgeDistillation, OnnxExport, QuantizationAwareTraining
+from lightning_compress import (
+    DCT,
+    KnowledgeDistillation,
+    OnnxExport,
+    QuantizationAwareTraining,
+    save_compressed,
+)
+from lightning_compress.quantization import quantization_of
+from lightning_compress.quantization.coefficients import CoefficientQuantizer
 from lightning_compress.quantization.estimators import RangeMethod
 
 FLOAT = Budget(epochs=4, learning_rate=0.2, weight_decay=5e-4)
 FINE_TUNE = Budget(epochs=1, learning_rate=0.02, weight_decay=1e-4)
 BATCH_SIZE = 125
-JOBS = ("fp32", "W8A8", "W4A8", "W4A4", "W3A3", "W2A4", "W1A8")
+JOBS = ("fp32", "W8A8", "W4A8", "W3A8", "W2A8", "W4A4", "W3A3", "W2A4", "W1A8", "W1A1")
+TRANSFORMS: dict[str, DCT | None] = {"plain": None, "dct": DCT(), "dct-even": DCT(allocates=False), "levels": None}
 RANGES: dict[str, RangeMethod | None] = {
     "default": None,
     "minmax": "minmax",
@@ -62,11 +73,14 @@ def main() -> None:
             start = seed if options.checkpoint is None else options.checkpoint
             records.get(partial(_float, images, depth, start), job="fp32, 4 epochs", depth=depth, seed=start)
             teachings = (False, True) if options.self_taught else (False,)
-            for job, ranges, is_taught in product(options.jobs, options.ranges, teachings):
+            for job, ranges, transform, is_taught in product(
+                options.jobs, options.ranges, options.transforms, teachings
+            ):
                 measure = partial(
-                    _fine_tuned, images, depth, start, seed, job, RANGES[ranges], options.images, is_taught
+                    _fine_tuned, images, depth, start, seed, job, RANGES[ranges], transform, options.images, is_taught
                 )
                 name = job + (f" {ranges}" if RANGES[ranges] else "")
+                name += f" {transform}" if transform != "plain" else ""
                 name += f", {options.images} images" if options.images else ""
                 name += ", taught by itself" if is_taught else ""
                 records.get(measure, job=name, depth=depth, seed=seed)
@@ -150,23 +164,32 @@ def _fine_tuned(
     seed: int,
     job: str,
     ranges: RangeMethod | None,
+    transform: str,
     n_images: int | None,
     is_taught: bool,
 ) -> dict[str, Any]:
     network = student(depth)
     network.load_state_dict(torch.load(_path(depth, checkpoint), weights_only=True))
-    path = OUT / f"accuracy_bits_resnet{depth}_{job}_{ranges}_seed_{seed}.onnx"
+    path = OUT / f"accuracy_bits_resnet{depth}_{job}_{ranges}_{transform}_seed_{seed}.onnx"
     part = replace(images, train_images=images.train_images[:n_images], train_labels=images.train_labels[:n_images])
     callbacks: list[L.Callback] = [OnnxExport(path, latency=False)]
     if job != "fp32":
         weight_bits, activation_bits = int(job[1]), int(job[3])
         callbacks.append(
-            QuantizationAwareTraining(weight_bits=weight_bits, activation_bits=activation_bits, ranges=ranges)
+            QuantizationAwareTraining(
+                weight_bits=weight_bits,
+                activation_bits=activation_bits,
+                ranges=ranges,
+                weight_transform=TRANSFORMS[transform],
+            )
         )
+        callbacks += [LinearLevels(weight_bits)] if transform == "levels" else []
     if is_taught:
         callbacks.append(KnowledgeDistillation("self", temperature=4.0, weight=0.7))
     # Another seed than the checkpoint's: its first epoch must not be seen a second time.
     classifier, seconds = _train(f"{job}, seed {seed}", network, part, FINE_TUNE, seed + 77, callbacks)
+    # An archive keeps integers or coefficients, and has no form for levels.
+    archive = None if transform == "levels" else save_compressed(classifier, path.with_suffix(".lcz"))
     in_torch = predict(classifier, ImageData(images).test_dataloader())
     in_runtime = predict_onnx(path, ImageData(images).test_dataloader())
     return {
@@ -174,9 +197,54 @@ def _fine_tuned(
         "accuracy": percent_equal(in_runtime, images.test_labels),
         "agreement": percent_equal(in_torch, in_runtime),
         "file_bytes": path.stat().st_size,
+        "archive_bytes": None if archive is None else archive.file_bytes,
         "checkpoint": checkpoint,
         "seconds": seconds,
     }
+
+
+class LinearLevels(L.Callback):
+    """Puts the classic linear quantizer in the place of that of scales: levels from the least to the largest weight.
+
+    Args:
+        bits: Their number is ``2**bits``.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.n_steps = 2**bits - 1
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over the weights that have as many bits."""
+        state = quantization_of(pl_module)
+        assert state is not None
+        for quantizer in state.weights.values():
+            if 2**quantizer.bits - 1 == self.n_steps:
+                quantizer.coefficients, quantizer.method = _Levels(self.n_steps), "minmax"
+
+
+class _Levels(CoefficientQuantizer):
+    """Levels of the weights themselves, behind the same 8-bit integers as coefficients."""
+
+    def __init__(self, n_steps: int) -> None:
+        super().__init__(8)
+        self.n_steps = n_steps
+
+    def applies_to(self, shape: Sequence[int]) -> bool:
+        return True
+
+    def step(self, weight: torch.Tensor, *, covers: bool) -> torch.Tensor:
+        low, high = torch.aminmax(weight.detach())
+        return ((high - low) / self.n_steps).expand(len(weight))
+
+    def rounded(self, weight: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        low, one = weight.detach().min(), step[0]
+        levels = ((weight.detach() - low) / one).round() * one + low
+        return levels + (weight - weight.detach())
+
+
+def _kilobytes(rows: Sequence[Row]) -> str:
+    sizes = [row["archive_bytes"] for row in rows if row.get("archive_bytes") is not None]
+    return f"{mean(sizes) / 1e3:.1f}" if sizes else ""
 
 
 def _table(rows: Sequence[Row], depth: int) -> list[dict[str, Any]]:
@@ -192,6 +260,7 @@ def _table(rows: Sequence[Row], depth: int) -> list[dict[str, Any]]:
                     "in torch, %": " / ".join(f"{row['accuracy_torch']:.2f}" for row in found),
                     "file in ONNX Runtime, %": " / ".join(f"{row['accuracy']:.2f}" for row in found),
                     "mean of the files, %": f"{mean(row['accuracy'] for row in found):.2f}",
+                    "archive, kB": _kilobytes(found),
                     "agreement, %": f"{mean(row['agreement'] for row in found):.2f}",
                     "seconds": f"{mean(row['seconds'] for row in found):.0f}",
                 }
@@ -208,6 +277,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--depths", nargs="+", type=int, default=[8, 20], help="of the ResNets")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
     parser.add_argument("--ranges", nargs="+", choices=RANGES, default=["default"])
+    parser.add_argument("--transforms", nargs="+", choices=TRANSFORMS, default=["plain"], help="of the weights")
     parser.add_argument("--self-taught", action="store_true", help="each also distilled from the float checkpoint")
     parser.add_argument("--images", type=int, help="fine-tune on so many images only")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
