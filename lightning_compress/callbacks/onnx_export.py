@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
+from lightning_compress.callbacks.archive import Archive
 from lightning_compress.callbacks.channel_pruning import STATE_KEY as CHANNELS_KEY
 from lightning_compress.callbacks.checkpoint import attached_state
 from lightning_compress.callbacks.clock import completed_steps
@@ -327,7 +329,12 @@ class OnnxExport(Exporter):
                 self.result = export_onnx(network, calls[0], self._target, verify_inputs=calls, progress=progress.tell)
             except UnexportableError as error:
                 raise error.within(self._called) from error
-            self.report = self._measured(trainer, chosen, network, progress)
+            progress.tell("writing the archive")
+            archives = [one for one in trainer.callbacks if isinstance(one, Archive)]  # type: ignore[attr-defined]
+            for archive in archives:
+                archive.write(trainer, pl_module)
+            report = self._measured(trainer, chosen, network, progress)
+            self.report = replace(report, archive=next((one.summary for one in archives), None))
             progress.tell("writing the report")
             json_path, picture_path = (self.path.with_name(f"report.{kind}") for kind in ("json", "png"))
             if not is_complete(trainer):

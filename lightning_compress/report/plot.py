@@ -20,7 +20,9 @@ PHASES = {1: "observing ranges", 2: "quantized", 3: "quantized, frozen"}
 
 _SIZE_INCHES = (12.0, 9.0)
 _DPI = 100
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: colour-blind safe
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: colour-blind safe
+"""Colours of lines and bars."""
+
 _PHASE_COLOURS = {1: "#FFF3D6", 2: "#DCEBF7", 3: "#C3D9EE"}
 _SMOOTHED_POINTS = 60
 _NAMES_SHOWN = 60
@@ -177,7 +179,7 @@ def plot_run(history: History, layers: Sequence[LayerStatistics], path: str | Pa
     with style.context("default"):
         figure = figure_class(figsize=_SIZE_INCHES, dpi=_DPI, layout="constrained")
         canvas = canvas_class(figure)
-        figure.suptitle(_start_of(title, _TITLE_CHARACTERS), fontsize=14, fontweight="bold", parse_math=False)
+        figure.suptitle(start_of(title, _TITLE_CHARACTERS), fontsize=14, fontweight="bold", parse_math=False)
         over_steps, per_layer = figure.subfigures(1, 2, width_ratios=(1.3, 1.0), wspace=0.03)
         _draw_steps(over_steps, history)
         _draw_layers(per_layer, layers)
@@ -188,13 +190,13 @@ def plot_run(history: History, layers: Sequence[LayerStatistics], path: str | Pa
 def _draw_steps(figure: Any, history: History) -> None:
     metrics = [name for name in history.names() if name not in {*LOSSES, "sparsity", "phase"}]
     axes = list(figure.subplots(3 if metrics else 2, 1, sharex=True))
-    for name, label, colour in zip(LOSSES, LOSSES.values(), _COLOURS, strict=False):
+    for name, label, colour in zip(LOSSES, LOSSES.values(), COLOURS, strict=False):
         _draw_series(axes[0], history.series(name), label, colour, smoothed=True)
     axes[0].set(title="Losses", ylabel="loss")
-    _draw_series(axes[1], [(step, 100 * value) for step, value in history.series("sparsity")], "sparsity", _COLOURS[2])
+    _draw_series(axes[1], [(step, 100 * value) for step, value in history.series("sparsity")], "sparsity", COLOURS[2])
     axes[1].set(title="Sparsity and quantization phase", ylabel="zeros (% of weights)", ylim=(-3, 103))
     for position, name in enumerate(metrics):
-        _draw_series(axes[-1], history.series(name), name, _COLOURS[position % len(_COLOURS)])
+        _draw_series(axes[-1], history.series(name), name, COLOURS[position % len(COLOURS)])
     if metrics:
         axes[-1].set(title="Metrics", ylabel="value")
     for axis in axes:
@@ -268,8 +270,8 @@ def _draw_layers(figure: Any, layers: Sequence[LayerStatistics]) -> None:
     rows = range(len(layers))
     thickness = 0.75 * min(1.0, len(layers) / _FEW_LAYERS)
     bars_by_axis = {
-        sparsity: sparsity.barh(rows, [100 * layer.sparsity for layer in layers], thickness, color=_COLOURS[2]),
-        bits: bits.barh(rows, [layer.bits for layer in layers], thickness, color=_COLOURS[0]),
+        sparsity: sparsity.barh(rows, [100 * layer.sparsity for layer in layers], thickness, color=COLOURS[2]),
+        bits: bits.barh(rows, [layer.bits for layer in layers], thickness, color=COLOURS[0]),
     }
     sparsity.set(title="Sparsity per layer", xlabel="zeros (% of weights)", xlim=(0, 120), xticks=range(0, 101, 25))
     bits.set(title="Bits per layer", xlabel="bits per weight", xlim=(0, 40), xticks=(0, 8, 16, 32))
@@ -284,7 +286,7 @@ def _draw_layers(figure: Any, layers: Sequence[LayerStatistics]) -> None:
     every = max(1, math.ceil(len(layers) / _NAMES_SHOWN))
     sparsity.set_yticks(
         rows[::every],
-        labels=[_end_of(layer.name or layer.kind, _NAME_CHARACTERS) for layer in layers[::every]],
+        labels=[end_of(layer.name or layer.kind, _NAME_CHARACTERS) for layer in layers[::every]],
         fontsize=min(10.0, max(6.5, 400 / max(1, len(layers)))),
         parse_math=False,
     )
@@ -293,11 +295,23 @@ def _draw_layers(figure: Any, layers: Sequence[LayerStatistics]) -> None:
         sparsity.text(0.5, 0.5, "no layers", transform=sparsity.transAxes, ha="center", va="center", color="gray")
 
 
-def _start_of(text: str, n_characters: int) -> str:
+def start_of(text: str, n_characters: int) -> str:
+    """Return ``text``, cut at its end to fit.
+
+    Example:
+        >>> start_of("classifier", 8)
+        'class...'
+    """
     return text if len(text) <= n_characters else f"{text[: n_characters - 3]}..."
 
 
-def _end_of(text: str, n_characters: int) -> str:
+def end_of(text: str, n_characters: int) -> str:
+    """Return the name of a layer, cut at its beginning to fit.
+
+    Example:
+        >>> end_of("features.12.conv", 12)
+        '...12.conv'
+    """
     # Layers differ in the end of their names: the start is what they share.
     if len(text) <= n_characters:
         return text

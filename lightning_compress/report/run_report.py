@@ -12,6 +12,7 @@ from os import PathLike
 from textwrap import wrap
 from typing import Any, TypeVar
 
+from lightning_compress.report.archived import STAGES, ArchivedNetwork, ArchivedTensor
 from lightning_compress.report.cpu import cpu_name
 from lightning_compress.report.figures import (
     format_bytes,
@@ -62,6 +63,7 @@ class RunReport:
         cpu: Name of the processor.
         statistics: Counts of the compressed model.
         sizes: Bytes of the exported file.
+        archive: What the archive of the same run takes.
         latency: Times in ONNX Runtime.
         metrics: Metrics before and after.
         parity: Differences between the trained model and the exported file, by name; text is shown as it is.
@@ -91,6 +93,7 @@ class RunReport:
     cpu: str = field(default_factory=cpu_name)
     statistics: ModelStatistics | None = None
     sizes: FileSizes | None = None
+    archive: ArchivedNetwork | None = None
     latency: LatencyComparison | None = None
     metrics: tuple[Metric, ...] = ()
     parity: Mapping[str, float | int | str] | None = None
@@ -134,11 +137,13 @@ class RunReport:
             KeyError: If a part is missing.
         """
         statistics, latency, sizes = plain["statistics"], plain["latency"], plain["sizes"]
+        archive = plain["archive"]
         return _rebuilt(
             cls,
             plain,
             statistics=statistics and _rebuilt(ModelStatistics, statistics, layers=_layers(statistics["layers"])),
             sizes=sizes and _rebuilt(FileSizes, sizes),
+            archive=archive and _rebuilt(ArchivedNetwork, archive, tensors=_tensors(archive["tensors"])),
             latency=latency
             and _rebuilt(LatencyComparison, latency, rows=tuple(_rebuilt(Latency, row) for row in latency["rows"])),
             metrics=tuple(_rebuilt(Metric, metric) for metric in plain["metrics"]),
@@ -165,6 +170,7 @@ class RunReport:
         sections = (
             _model_section(self.statistics),
             _file_section(self.sizes),
+            _archive_section(self.archive),
             _latency_section(self.latency),
             _metric_section(self.metrics),
             _parity_section(self.parity),
@@ -209,6 +215,17 @@ def _file_section(sizes: FileSizes | None) -> list[str]:
             for label, size in rows.items()
             if size is not None
         ),
+    ]
+
+
+def _archive_section(archive: ArchivedNetwork | None) -> list[str]:
+    if archive is None:
+        return []
+    return [
+        "Archive",
+        _row(archive.file, format_bytes(archive.file_bytes), format_reduction(archive.dense_bytes, archive.file_bytes)),
+        *(_row(f"  bits of a weight, {stage}", f"{archive.bits(stage):.2f}") for stage in STAGES),
+        _row("  entropy", f"{archive.bits('bound'):.2f}"),
     ]
 
 
@@ -326,6 +343,13 @@ def _rebuilt(kind: type[T], plain: Mapping[str, Any], **parts: Any) -> T:
 
 def _layers(rows: Iterable[Mapping[str, Any]]) -> tuple[LayerStatistics, ...]:
     return tuple(_rebuilt(LayerStatistics, row, shape=tuple(row["shape"])) for row in rows)
+
+
+def _tensors(rows: Iterable[Mapping[str, Any]]) -> tuple[ArchivedTensor, ...]:
+    return tuple(
+        _rebuilt(ArchivedTensor, row, shape=tuple(row["shape"]), codebook=tuple(map(_number, row["codebook"])))
+        for row in rows
+    )
 
 
 def _number(value: Any) -> Any:

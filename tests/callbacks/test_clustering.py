@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lightning_compress import (
     MagnitudePruning,
     OnnxExport,
     QuantizationAwareTraining,
+    RunReport,
     WeightClustering,
     load_compressed,
     load_compressed_state,
@@ -192,7 +194,7 @@ def test_two_processes_share_the_same_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weight_bits", [8, 4])
 def test_the_file_and_the_archive_are_what_the_network_computes(weight_bits: int, tmp_path: Path) -> None:
-    archive = Archive(tmp_path / "model.lcz")
+    archive = Archive(tmp_path / "model.lcz")  # which comes last, and yet is in the report
     module = fit(
         tmp_path,
         MagnitudePruning(0.6, end=0.3),
@@ -211,6 +213,15 @@ def test_the_file_and_the_archive_are_what_the_network_computes(weight_bits: int
     assert archive.size is not None
     assert archive.size.ratio > 2
     assert len(values(fresh, "conv2")) > 1
+    report = RunReport.from_dict(json.loads((tmp_path / "report.json").read_text()))
+    assert report.archive == archive.summary
+    assert report.archive is not None
+    told = {tensor.name: tensor for tensor in report.archive.tensors}["conv2.weight"]
+    assert told.codebook == tuple(values(fresh, "conv2")[values(fresh, "conv2") != 0].tolist())
+    assert told.entries * told.coded == {one.name: one for one in archive.size.tensors}["conv2.weight"].coded_bits
+    assert f"{report.archive.bits('coded'):.2f}" in report.to_text()
+    assert json.loads((tmp_path / "model.lcz.json").read_text())["file_bytes"] == archive.size.file_bytes
+    assert (tmp_path / "model.lcz.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_float_network_comes_back_from_its_archive_to_the_bit(tmp_path: Path, capsys: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightning_compress.report.archived import ArchivedNetwork, ArchivedTensor
 from lightning_compress.report.latency import Latency, LatencyComparison
 from lightning_compress.report.run_report import Metric, RunReport
 from lightning_compress.report.size import FileSizes
@@ -32,6 +33,11 @@ FULL = RunReport(
         ),
     ),
     sizes=FileSizes(onnx_bytes=1_100_000, zipped_bytes=312_000, float_onnx_bytes=4_400_000),
+    archive=ArchivedNetwork(
+        "model.lcz",
+        1_000,
+        (ArchivedTensor("fc.weight", (10, 100), "sparse shared", 1_000, 90, 32.0, 9.5, 8.5, 7.75, 7.25, (-0.5, 0.5)),),
+    ),
     latency=LatencyComparison(
         rows=(
             Latency("fp32", 1, median_ms=4.0, p10_ms=3.9, p90_ms=4.4, rounds=50),
@@ -120,6 +126,10 @@ def test_a_path_that_cannot_be_replaced_leaves_no_temporary_file(tmp_path: Path)
         "fp32 ONNX 4.40 MB",
         "this ONNX 1.10 MB 4.0x smaller",
         "this ONNX, zipped 312 kB 14.1x smaller",
+        "model.lcz 1.00 kB 4.0x smaller",
+        "bits of a weight, dense 32.00",
+        "bits of a weight, coded 7.75",
+        "entropy 7.25",
         "batch 1, fp32 4.00 ms 3.90 - 4.40 ms",
         "batch 1, int8 2.00 ms 1.95 - 2.20 ms 2.00x faster",
         "batch 8, int8 12.8 ms 12.0 - 13.3 ms 2.50x faster",
