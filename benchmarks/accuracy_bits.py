@@ -8,7 +8,8 @@ convolution, classifier and the model's input keep 8 bits.
 
 Run it in pieces with ``--depths``, ``--jobs`` and ``--seeds``: what is in ``benchmarks/out`` is not measured again.
 ``--ranges`` compares ways to find the scales; ``--images`` shortens the epoch for that. With ``--checkpoint`` all seeds
-fine-tune one float checkpoint. ``--self-taught`` adds each job with the network as it was before as its teacher.
+fine-tune one float checkpoint. ``--self-taught`` adds each job with the network as it was before as its teacher;
+``--few N EPOCHS FINE_TUNE_EPOCHS`` does all of it on N images, with so many epochs in float and after.
 ``--transforms`` compares ways to write weights: as they are, or in the frequencies of their kernels, with as many bits
 for each or with bits where they tell; and the classic linear quantizer of so many levels over [min, max] of a layer.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -68,24 +69,57 @@ def main() -> None:
     print_machine()
     images = load_images(options.data)
     records = Records("accuracy_bits")
+    few = Few(*options.few) if options.few else None
     for depth in options.depths:
         for seed in options.seeds:
             start = seed if options.checkpoint is None else options.checkpoint
-            records.get(partial(_float, images, depth, start), job="fp32, 4 epochs", depth=depth, seed=start)
+            name = "fp32, 4 epochs" if few is None else f"fp32, {few.float_epochs} epochs, {few.n_images} images"
+            records.get(partial(_float, images, depth, start, few), job=name, depth=depth, seed=start)
             teachings = (False, True) if options.self_taught else (False,)
             for job, ranges, transform, is_taught in product(
                 options.jobs, options.ranges, options.transforms, teachings
             ):
                 measure = partial(
-                    _fine_tuned, images, depth, start, seed, job, RANGES[ranges], transform, options.images, is_taught
+                    _fine_tuned,
+                    images,
+                    depth,
+                    start,
+                    seed,
+                    job,
+                    RANGES[ranges],
+                    transform,
+                    options.images,
+                    is_taught,
+                    few,
                 )
                 name = job + (f" {ranges}" if RANGES[ranges] else "")
                 name += f" {transform}" if transform != "plain" else ""
                 name += f", {options.images} images" if options.images else ""
+                name += f", {few.n_images} images in all, {few.epochs} epochs" if few else ""
                 name += ", taught by itself" if is_taught else ""
                 records.get(measure, job=name, depth=depth, seed=seed)
     for depth in options.depths:
         print(f"\nResNet-{depth}, {images.name}\n\n{markdown_table(_table(records.rows, depth))}")
+
+
+@dataclass(frozen=True)
+class Few:
+    """A budget of few images: a float network that has learned all it can from them, and then the job.
+
+    Args:
+        n_images: Images of both.
+        float_epochs: Epochs in float.
+        epochs: Epochs of the job.
+    """
+
+    n_images: int
+    float_epochs: int
+    epochs: int
+
+    def part(self, images: ImageSet) -> ImageSet:
+        """Return the first of the training images."""
+        n = self.n_images
+        return replace(images, train_images=images.train_images[:n], train_labels=images.train_labels[:n])
 
 
 class Batches:
@@ -148,11 +182,13 @@ def _train(
     return classifier, round(time.perf_counter() - started, 1)
 
 
-def _float(images: ImageSet, depth: int, seed: int) -> dict[str, Any]:
+def _float(images: ImageSet, depth: int, seed: int, few: Few | None) -> dict[str, Any]:
     torch.manual_seed(seed)
     network = student(depth)
-    _, seconds = _train(f"ResNet-{depth} in float, seed {seed}", network, images, FLOAT, seed)
-    torch.save(network.state_dict(), _path(depth, seed))
+    part = images if few is None else few.part(images)
+    budget = FLOAT if few is None else replace(FLOAT, epochs=few.float_epochs)
+    _, seconds = _train(f"ResNet-{depth} in float, seed {seed}", network, part, budget, seed)
+    torch.save(network.state_dict(), _path(depth, seed, few))
     accuracy = percent_equal(predict(network, ImageData(images).test_dataloader()), images.test_labels)
     return {"accuracy_torch": accuracy, "seconds": seconds}
 
@@ -167,11 +203,14 @@ def _fine_tuned(
     transform: str,
     n_images: int | None,
     is_taught: bool,
+    few: Few | None,
 ) -> dict[str, Any]:
     network = student(depth)
-    network.load_state_dict(torch.load(_path(depth, checkpoint), weights_only=True))
+    network.load_state_dict(torch.load(_path(depth, checkpoint, few), weights_only=True))
     path = OUT / f"accuracy_bits_resnet{depth}_{job}_{ranges}_{transform}_seed_{seed}.onnx"
     part = replace(images, train_images=images.train_images[:n_images], train_labels=images.train_labels[:n_images])
+    part = part if few is None else few.part(images)
+    budget = FINE_TUNE if few is None else replace(FINE_TUNE, epochs=few.epochs)
     callbacks: list[L.Callback] = [OnnxExport(path, latency=False)]
     if job != "fp32":
         weight_bits, activation_bits = int(job[1]), int(job[3])
@@ -187,7 +226,7 @@ def _fine_tuned(
     if is_taught:
         callbacks.append(KnowledgeDistillation("self", temperature=4.0, weight=0.7))
     # Another seed than the checkpoint's: its first epoch must not be seen a second time.
-    classifier, seconds = _train(f"{job}, seed {seed}", network, part, FINE_TUNE, seed + 77, callbacks)
+    classifier, seconds = _train(f"{job}, seed {seed}", network, part, budget, seed + 77, callbacks)
     # An archive keeps integers or coefficients, and has no form for levels.
     archive = None if transform == "levels" else save_compressed(classifier, path.with_suffix(".lcz"))
     in_torch = predict(classifier, ImageData(images).test_dataloader())
@@ -268,8 +307,9 @@ def _table(rows: Sequence[Row], depth: int) -> list[dict[str, Any]]:
     return lines
 
 
-def _path(depth: int, seed: int) -> Path:
-    return OUT / f"accuracy_bits_resnet{depth}_seed_{seed}.pt"
+def _path(depth: int, seed: int, few: Few | None) -> Path:
+    which = "" if few is None else f"_{few.n_images}_images_{few.float_epochs}_epochs"
+    return OUT / f"accuracy_bits_resnet{depth}_seed_{seed}{which}.pt"
 
 
 def _parse() -> argparse.Namespace:
@@ -280,6 +320,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--transforms", nargs="+", choices=TRANSFORMS, default=["plain"], help="of the weights")
     parser.add_argument("--self-taught", action="store_true", help="each also distilled from the float checkpoint")
     parser.add_argument("--images", type=int, help="fine-tune on so many images only")
+    parser.add_argument("--few", nargs=3, type=int, metavar=("N", "EPOCHS", "FINE_TUNE_EPOCHS"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--checkpoint", type=int, help="seed of one float checkpoint for all; by default each its own")
     parser.add_argument("--data", help="folder with the files of Fashion-MNIST")
