@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def int8_kernels(path: Path) -> int:
 
 
 @works("LightningCLI", "every callback from YAML, with plain types", "`examples/recipes`")
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("all", "store")])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name in ("distill", "prune", "quantize")])
 def test_a_recipe_leaves_a_file(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "fit", "-c", str(small(recipe, tmp_path)))
@@ -87,6 +88,26 @@ def test_the_recipe_that_stores_leaves_an_archive(tmp_path: Path, monkeypatch: p
     kernels = [weight for weight in weights.values() if weight.dim() == 4]
     assert len(kernels) == 9
     assert max(int(torch.unique(weight).numel()) for weight in kernels) <= 17
+
+
+def test_the_binary_recipe_leaves_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "fit", "-c", str(small("binary", tmp_path)))
+    weights = load_compressed(tmp_path / "demo_output" / "binary" / "model.lcz")
+    kernels = [weight for weight in weights.values() if weight.dim() == 4]
+    assert (
+        sum(torch.equal(kernel.abs(), kernel.abs().amax((1, 2, 3), keepdim=True) + 0 * kernel) for kernel in kernels)
+        == 8
+    )
+    assert (tmp_path / "demo_output" / "binary" / "model.onnx").exists()
+
+
+def test_the_recipe_in_frequencies_leaves_their_coefficients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "fit", "-c", str(small("frequencies", tmp_path)))
+    table = json.loads((tmp_path / "demo_output" / "frequencies" / "model.lcz.json").read_text())
+    forms = [tensor["form"] for tensor in table["tensors"] if len(tensor["shape"]) == 4]
+    assert sum(form.endswith("frequencies") for form in forms) >= 7
 
 
 def test_the_recipe_with_everything_runs_as_a_program(tmp_path: Path) -> None:
@@ -131,7 +152,7 @@ def test_losses_and_teachers_are_given_in_yaml(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_recipes_are_those_of_the_readme() -> None:
-    assert RECIPES == ["all", "distill", "prune", "quantize", "store"]
+    assert RECIPES == ["all", "binary", "distill", "frequencies", "prune", "quantize", "store"]
 
 
 @works("LightningCLI", "`--print_config=comments`", "tells what every argument means")
