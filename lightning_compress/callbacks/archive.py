@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -31,6 +30,7 @@ from lightning_compress.callbacks.trainers import check_trainer, has_late_layers
 from lightning_compress.errors import MissingExtraError
 from lightning_compress.pruning.channels.state import ChannelState
 from lightning_compress.report.archived import ArchivedNetwork, ArchivedTensor
+from lightning_compress.report.run_report import as_json
 from lightning_compress.report.weights_plot import plot_weights
 from lightning_compress.storage import ArchiveSize, load_compressed, save_compressed
 from lightning_compress.storage.coding import Coder, check_coders
@@ -93,7 +93,7 @@ class Archive(Exporter):
         if stage != "fit":
             return
         check_trainer(trainer, self)
-        self._is_written = False
+        self._is_written, self.size, self.summary = False, None, None
         if not has_late_layers(pl_module):
             check_storable(pl_module.state_dict())
         if trainer.is_global_zero and not writes_nothing(trainer):
@@ -132,7 +132,7 @@ class Archive(Exporter):
         self.size = save_compressed(module, path, coders=self.coders, channels=record)
         stored = load_compressed(path)
         self.summary = _summary(path.name, self.size, stored)
-        table = json.dumps(asdict(self.summary), indent=1)
+        table = json.dumps(as_json(self.summary), indent=1, allow_nan=False)
         with written_whole(path.with_name(f"{path.name}.json")) as temporary:
             temporary.write_text(f"{table}\n", encoding="utf-8")
         try:

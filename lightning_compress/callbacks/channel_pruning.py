@@ -200,7 +200,7 @@ class ChannelPruning(GradualCompressor):
         super().setup(trainer, pl_module, stage)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, QuantizationAwareTraining):
-                _check_transform(callback.scheme)
+                check_transform(callback.scheme)
             if isinstance(callback, QuantizationAwareTraining) and type(callback.start) is type(self.start):
                 self._check_order(float(self.start), float(callback.start))
         # The channels belong to the module: a second fit finds them, a deep copy of the module has its own.
@@ -440,13 +440,21 @@ class ChannelPruning(GradualCompressor):
             self._tap = None
 
 
-def _check_transform(scheme: Scheme) -> None:
+def check_transform(scheme: Scheme) -> None:
+    """Check that channels can be removed under a scheme.
+
+    Raises:
+        ValueError: If inputs are transformed in blocks, so that what one channel holds depends on others.
+
+    Example:
+        >>> check_transform(Scheme(weight_transform="dct"))
+    """
     transform = scheme.weight_transform
     if isinstance(transform, DCT) and transform.block is not None:
         raise ValueError(
-            f"`weight_transform={transform}` transforms {transform.block} inputs of a layer together, and "
-            "`ChannelPruning` removes some of them: the others' coefficients would change. Transform "
-            'kernels alone with `weight_transform="dct"`.'
+            f"`weight_transform={transform}` transforms {transform.block} inputs of a layer together: where channels "
+            "are removed, the coefficients of the others would change. Transform kernels alone with "
+            '`weight_transform="dct"`.'
         )
 
 

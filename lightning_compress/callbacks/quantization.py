@@ -299,6 +299,8 @@ class QuantizationAwareTraining(Compressor):
             quantization.ranges.update()
             if len(quantization.ranges.unseen()) == len(quantization.ranges.names):
                 raise self._never_called(pl_module)
+            if quantization.is_quantizing and step == self._start_step + 1:
+                _warn_of_one_sign(quantization.ranges.of_one_sign())
         if quantization.is_quantizing:
             quantization.clip_binary_()
         if quantization.is_learning:
@@ -461,3 +463,12 @@ class QuantizationSlot:
             self._waiting = state
         else:
             self.quantization.load_state_dict(state)
+
+
+def _warn_of_one_sign(places: list[str]) -> None:
+    if places:
+        rank_zero_warn(
+            f"With one bit the values at {', '.join(f'`{place}`' for place in places[:5])} are all alike, as every one "
+            "that was observed has the same sign: what reads them learns nothing from them. Give the layers behind "
+            'more bits, as by `overrides={"...": {"activation_bits": 8}}`, or values of both signs.'
+        )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.callbacks.channel_pruning import STATE_KEY as CHANNELS_KEY
+from lightning_compress.callbacks.channel_pruning import check_transform
 from lightning_compress.callbacks.checkpoint import attach_state, attached_state, detach_states
 from lightning_compress.callbacks.quantization import STATE_KEY as QUANTIZATION_KEY
 from lightning_compress.callbacks.quantization import QuantizationSlot
@@ -241,6 +242,8 @@ def _without(model: nn.Module, record: ChannelRecord) -> nn.Module:
     quantization = quantization_of(copied)
     root = "" if quantization is None else _name_in(copied, quantization.model)
     saved = None if quantization is None else quantization.state_dict()
+    if quantization is not None and any("in" in sides or "both" in sides for sides in record.values()):
+        check_transform(quantization.scheme)
     strip(copied)
     for module in copied.modules():
         if isinstance(module, pl.LightningModule):

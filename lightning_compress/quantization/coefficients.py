@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,17 +55,23 @@ class CoefficientQuantizer:
         coefficients = self._frequencies(weight)
         size = coefficients.square().mean((1, 2), keepdim=True).sqrt()
         columns = (coefficients / torch.where(size > 0, size, 1.0)).flatten(0, 1).T.float()
+        energy = columns.square().mean(1)
+        # Where there is nothing yet, as in a weight that begins as the identity, anything may come.
+        columns = torch.where((energy <= 1e-8 * energy.max())[:, None], columns[energy.argmax()], columns)
         errors, steps = [], []
         for bits in BITS if self.transform.allocates else (self.bits,):
-            largest = torch.tensor(float(_limit(bits)))
+            largest = torch.tensor(float(_limit(bits)), device=columns.device)
             step = least_squares_steps(columns, largest) if bits else torch.ones(len(columns), device=columns.device)
             codes = (columns / step[:, None]).round().clamp(-largest, largest)
             steps.append(step)
-            errors.append((codes * step[:, None] - columns).square().sum(1))
-        if self.transform.allocates:
+            error = (codes * step[:, None] - columns).square().mean(1)
+            # A few values may lie on a coarse grid by chance, as those of a first weight; others will not.
+            errors.append(torch.maximum(error, step.square() / 24) if bits else error)
+        if self.transform.allocates and bool(columns.any()):
             chosen = allocate_bits(torch.stack(errors, 1).tolist(), BITS, self.bits * len(columns))
         else:
             chosen = [self.bits] * len(columns)
+        # A weight of zeros, as a last layer may begin, tells nothing yet: as many bits for each.
         rows = [BITS.index(bits) if self.transform.allocates else 0 for bits in chosen]
         self.ratios = torch.stack([steps[row][column] for column, row in enumerate(rows)])
         self.limits = torch.tensor([_limit(bits) for bits in chosen], device=weight.device)
@@ -85,8 +92,8 @@ class CoefficientQuantizer:
     def rounded(self, weight: Tensor, step: Tensor) -> Tensor:
         """Return ``weight`` from rounded coefficients, as float32; zeros stay zeros.
 
-        Gradients pass straight through the rounding where nothing is clipped, and reach ``step`` as of Esser et al.
-        2020 (eq. 3 and 5, arXiv:1902.08153).
+        Gradients pass straight through the rounding where nothing is clipped, those of zeros too, and reach ``step``
+        as of Esser et al. 2020 (eq. 3 and 5, arXiv:1902.08153).
 
         Args:
             weight: The weight.
@@ -97,8 +104,11 @@ class CoefficientQuantizer:
         share = 1 / math.sqrt(math.prod(coefficients.shape[1:]) * _limit(self.bits))
         step = step.detach() + (step - step.detach()) * share  # the value to the bit, and a share of the gradient
         ratio = coefficients / step.double()[:, None, None]
-        clipped = torch.minimum(torch.maximum(ratio, -limits.double()), limits.double())
-        codes = clipped.detach().round() + (clipped - clipped.detach())
+        # What defines a grid lies on its bound, and is not clipped.
+        is_inside = ratio.detach().abs() <= limits * (1 + 1e-6)
+        clipped = torch.where(is_inside, ratio, ratio.detach().sign() * limits)
+        rounded = torch.minimum(torch.maximum(clipped.detach().round(), -limits.double()), limits.double())
+        codes = rounded + (clipped - clipped.detach())
         return self._weight(codes * step.double()[:, None, None], weight)
 
     @torch.no_grad()
@@ -137,8 +147,8 @@ class CoefficientQuantizer:
 
     def _weight(self, scaled: Tensor, like: Tensor) -> Tensor:
         assert self.ratios is not None
-        values = from_frequencies(scaled * self.ratios.double(), self._matrix(like), like.shape)
-        return values.float() * (like != 0)
+        values = from_frequencies(scaled * self.ratios.double(), self._matrix(like), like.shape).float()
+        return values - (values * (like == 0)).detach()  # zeros stay zeros, and learn what they would be
 
 
 def decoded_weight(codes: Tensor, step: Tensor, ratios: Tensor, shape: Sequence[int], block: int | None) -> Tensor:
@@ -173,19 +183,28 @@ def allocate_bits(errors: Sequence[Sequence[float]], bits: Sequence[int], budget
         budget: Most bits of all frequencies together.
 
     Example:
-        >>> allocate_bits([[9.0, 1.0, 0.5], [2.0, 1.5, 1.0]], [0, 2, 3], budget=4)
+        >>> allocate_bits([[9.0, 1.0, 0.5], [2.0, 1.9, 1.8]], [0, 2, 3], budget=4)
         [3, 0]
     """
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
-    for row in errors:
-        found: dict[int, tuple[float, list[int]]] = {}
-        for spent, (error, chosen) in best.items():
-            for number, more in zip(bits, row, strict=True):
-                total = spent + number
-                if total <= budget and (total not in found or error + more < found[total][0]):
-                    found[total] = (error + more, [*chosen, number])
-        best = found
-    return min(best.values(), key=lambda entry: entry[0])[1]
+    table = np.asarray(errors, dtype=np.float64)
+    least = np.full(budget + 1, np.inf)  # the least error of the frequencies so far, with so many bits
+    least[0] = 0.0
+    choices = np.zeros((len(table), budget + 1), dtype=np.int8)
+    for row, choice in zip(table, choices, strict=True):
+        found = np.full(budget + 1, np.inf)
+        for number, (n_bits, error) in enumerate(zip(bits, row, strict=True)):
+            with_it = least[: budget + 1 - n_bits] + error
+            is_better = with_it < found[n_bits:]
+            found[n_bits:][is_better] = with_it[is_better]
+            choice[n_bits:][is_better] = number
+        least = found
+    spent = budget - int(least[::-1].argmin())  # of equal errors that with the most bits
+    chosen: list[int] = []
+    for choice in choices[::-1]:
+        n_bits = bits[int(choice[spent])]
+        chosen.insert(0, n_bits)
+        spent -= n_bits
+    return chosen
 
 
 def _limit(bits: int) -> int:

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_compress.settings import plain
+
 LARGEST_BLOCK = 64
+
+LARGEST_KERNEL = 1024
+"""Positions of the largest kernel that is transformed; a larger one is rounded as it is."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class DCT:
 
     Raises:
         ValueError: If ``block`` is out of range.
+        TypeError: If ``block`` is no int, or ``allocates`` no bool.
 
     Example:
         >>> DCT(block=8)
@@ -33,6 +39,11 @@ class DCT:
     allocates: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "block", plain(self.block))
+        if not isinstance(self.allocates, bool):
+            raise TypeError(f"`allocates` must be True or False, got {self.allocates!r}.")
+        if self.block is not None and (isinstance(self.block, bool) or not isinstance(self.block, int)):
+            raise TypeError(f"`block` is a number of inputs, an int, or None, got {self.block!r}.")
         if self.block is not None and not 2 <= self.block <= LARGEST_BLOCK:
             raise ValueError(f"`block` must be from 2 to {LARGEST_BLOCK} inputs, got {self.block}.")
 
@@ -66,12 +77,15 @@ def transform_matrix(shape: Sequence[int], block: int | None) -> Tensor | None:
 
     Returns:
         Orthogonal float64 matrix of shape ``(n, n)`` for blocks of n values: the kernel's, along all its dimensions.
+        None for weights without entries too, and for kernels of more than 1024 positions.
 
     Example:
         >>> transform_matrix((8, 4, 3, 3), None).shape, transform_matrix((8, 4), 2).shape
         (torch.Size([9, 9]), torch.Size([2, 2]))
     """
     kernel = [size for size in shape[2:] if size > 1]
+    if math.prod(shape) == 0 or math.prod(kernel) > LARGEST_KERNEL:
+        return None
     if not kernel:
         return None if block is None or len(shape) < 2 else dct_matrix(block)
     matrix = torch.ones(1, 1, dtype=torch.float64)

@@ -310,6 +310,8 @@ class _Placer:
             spots = {operand: Place(f"{_place_name(operation)}.{operand}") for operand in ATTENTION_OPERANDS}
             placement.attentions[operation.node] = spots
             placement.bits |= {spot.quantizer: self.scheme.activation_bits for spot in spots.values()}
+            if self.scheme.activation_bits == 1:  # all probabilities are positive: their signs tell nothing
+                placement.bits[spots["probabilities"].quantizer] = 8
         self._name_weights(placement, names)
         rows = [
             self._row(operation, placement, names)

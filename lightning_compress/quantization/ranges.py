@@ -237,6 +237,12 @@ class ActivationRanges:
         """Return the names of the quantizers that have seen nothing yet."""
         return [name for index, name in enumerate(self.names) if not self.is_seen(index)]
 
+    def of_one_sign(self) -> list[str]:
+        """Return the names of the quantizers of one bit that have seen positive values alone, or negative ones."""
+        found = self.as_dict()
+        signs = [name for name, bits in zip(self.names, self.bits, strict=True) if bits == 1]
+        return [name for name in signs if name in found and (found[name][0] > 0 or found[name][1] < 0)]
+
     def always_zero(self) -> list[str]:
         """Return the names of the quantizers that have seen data, and nothing in it but zeros."""
         return [name for name, extremes in self.as_dict().items() if extremes == (0.0, 0.0)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lightning_compress.quantization.dct import DCT
@@ -144,7 +144,12 @@ def _transform(given: Any) -> Any:
     """Return a transform from its name or from what a checkpoint tells of it; anything else as it came."""
     if given == "dct":
         return DCT()
-    return DCT(**given) if isinstance(given, Mapping) else given
+    if isinstance(given, Mapping):
+        unknown = sorted(set(given) - {entry.name for entry in fields(DCT)})
+        if unknown:
+            raise ValueError(f"`weight_transform` has the setting {unknown[0]!r}; a `DCT` has `block` and `allocates`.")
+        return DCT(**given)
+    return given
 
 
 def check_bits(name: str, bits: int) -> None:

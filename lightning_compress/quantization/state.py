@@ -267,7 +267,11 @@ class Quantization:
             "shapeless": sorted(self.shapeless),
             "ranges": self.ranges.state_dict(self._used),
             "steps": self.steps.state_dict(self._used),
-            "coefficients": {name: found for name, one in self.weights.items() if (found := one.coefficient_state())},
+            "coefficients": {
+                name: found
+                for name, one in self.weights.items()
+                if WEIGHT_PREFIX + name in self._used and (found := one.coefficient_state())
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -293,6 +297,11 @@ class Quantization:
         for quantizer in self.weights.values():
             quantizer.forget()  # what another fit has found
         for name, found in state.get("coefficients", {}).items():
+            if name not in self.weights:
+                raise CompressionError(
+                    f"The checkpoint quantizes the weight of `{name}`, which this model does not have. "
+                    "Load it into the architecture, and with the `exclude`, that it was written with."
+                )
             self.weights[name].load_coefficients(found)
         for name, step in self.steps.leaves.items():
             if name.startswith(WEIGHT_PREFIX):

@@ -23,7 +23,8 @@ class ArchivedTensor:
         shared: The same with small indices for values that are shared.
         coded: The same in the file.
         bound: The zero-order entropy.
-        codebook: The values of the entries but zero, in order, where there are at most 256; else empty.
+        codebook: Of matrices and kernels in floating point the values but zero, in order, where there are at most 256;
+            else empty.
     """
 
     name: str

@@ -113,14 +113,14 @@ class RunReport:
         Raises:
             TypeError: If the report holds something that JSON has no type for.
         """
-        plain: dict[str, Any] = _plain(self)
+        plain: dict[str, Any] = as_json(self)
         if self.statistics is not None:
             plain["statistics"]["sparsity"] = self.statistics.sparsity
             for row, layer in zip(plain["statistics"]["layers"], self.statistics.layers, strict=True):
                 row["sparsity"] = layer.sparsity
         if self.latency is not None:
             for row, latency in zip(plain["latency"]["rows"], self.latency.rows, strict=True):
-                row["speedup"] = _plain(self.latency.speedup(latency.file, latency.batch_size))
+                row["speedup"] = as_json(self.latency.speedup(latency.file, latency.batch_size))
         return plain
 
     @classmethod
@@ -137,7 +137,7 @@ class RunReport:
             KeyError: If a part is missing.
         """
         statistics, latency, sizes = plain["statistics"], plain["latency"], plain["sizes"]
-        archive = plain["archive"]
+        archive = plain.get("archive")  # reports of before have none
         return _rebuilt(
             cls,
             plain,
@@ -317,7 +317,16 @@ def _value(value: float | int | str | None) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _plain(value: object) -> Any:
+def as_json(value: object) -> Any:
+    """Return a value in plain JSON types; NaN and infinite numbers become strings.
+
+    Raises:
+        TypeError: If JSON has no type for it.
+
+    Example:
+        >>> as_json({"range": (0.0, math.inf)})
+        {'range': [0.0, 'inf']}
+    """
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, Integral):
@@ -325,11 +334,11 @@ def _plain(value: object) -> Any:
     if isinstance(value, Real):
         return float(value) if math.isfinite(value) else str(float(value))
     if is_dataclass(value):
-        return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
+        return {entry.name: as_json(getattr(value, entry.name)) for entry in fields(value)}
     if isinstance(value, Mapping):
-        return {str(name): _plain(entry) for name, entry in value.items()}
+        return {str(name): as_json(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [as_json(entry) for entry in value]
     raise TypeError(f"A report holds numbers and text, got a {type(value).__name__}. Convert it to a float or a str.")
 
 

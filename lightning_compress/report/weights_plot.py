@@ -93,10 +93,10 @@ def _draw_stages(axis: Any, layers: Sequence[ArchivedTensor]) -> None:
 
 def _draw_values(axis: Any, layer: ArchivedTensor, weight: Tensor) -> None:
     flat = weight.detach().float().cpu().flatten()
-    flat = flat[flat != 0]
+    flat = flat[(flat != 0) & flat.isfinite()]
     zeros = 100 * (1 - layer.nonzeros / max(layer.entries, 1))
-    if layer.codebook:
-        book = torch.tensor(layer.codebook)
+    book = torch.tensor([value for value in layer.codebook if math.isfinite(value)])
+    if len(book):
         counts = torch.bincount(torch.searchsorted(book, flat).clamp_max(len(book) - 1), minlength=len(book))
         axis.vlines(book.tolist(), 0, counts.tolist(), color=COLOURS[0], linewidth=2 if len(book) <= 32 else 1)
         axis.set_ylim(bottom=0)
@@ -106,7 +106,7 @@ def _draw_values(axis: Any, layer: ArchivedTensor, weight: Tensor) -> None:
         counts = torch.histc(flat, _BINS, low, high)
         places = torch.linspace(low, high, _BINS)
         axis.fill_between(places.tolist(), counts.tolist(), color=COLOURS[0], step="mid", linewidth=0)
-        told = "more than 256 values"
+        told = "many values" if weight.is_floating_point() else "integers"
     else:
         told = "no values"
     axis.set_title(f"{end_of(layer.name, 26)}\n{told}, {zeros:.0f} % zeros", fontsize=8, parse_math=False)

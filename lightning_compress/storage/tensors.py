@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_compress.errors import ArchiveError
 from lightning_compress.quantization.affine import integer_weight
 from lightning_compress.quantization.coefficients import decoded_weight
-from lightning_compress.quantization.dct import LARGEST_BLOCK
+from lightning_compress.quantization.dct import LARGEST_BLOCK, LARGEST_KERNEL
 from lightning_compress.storage.bits import Reader, varint
 from lightning_compress.storage.coding import (
     LARGEST_ALPHABET,
@@ -192,7 +192,7 @@ def encode_tensor(
     for form, among in ((_DENSE, words), (_SPARSE, words[kept])):
         for values in _ways_to_write(among, tensor.shape, None if form == _DENSE else kept):
             forms.append((values.bits(can_split_bits) + (gap_cost if form == _SPARSE else 0.0), form, values))
-    if integers is not None and torch.equal(integers.values(), tensor.detach().cpu()):
+    if integers is not None and tensor.dtype == torch.float32 and torch.equal(integers.values(), tensor.detach().cpu()):
         for form in (_DENSE, _SPARSE):
             if isinstance(integers, IntegerWeight):
                 values = _as_integers(integers, None if form == _DENSE else kept)
@@ -422,7 +422,7 @@ def _read_frequencies(
     first = (shape[1], shape[0], *shape[2:]) if axis else tuple(shape)  # output channels first
     n_expected = math.prod(shape[2:])
     n_expected = n_expected if n_expected > 1 else block
-    if n_frequencies != n_expected or n_frequencies < 2:
+    if n_frequencies != n_expected or not 2 <= n_frequencies <= LARGEST_KERNEL or not math.prod(shape):
         raise ArchiveError(f"{n_frequencies} frequencies are not those of the shape {tuple(shape)}.")
     least = np.frombuffer(reader.take(n_frequencies), np.uint8).astype(np.int16) - 128
     floats = np.frombuffer(reader.take(4 * (n_frequencies + n_steps)), "<f4").astype(np.float32)

@@ -319,3 +319,16 @@ def test_another_run_does_not_go_on_with_the_codes(tmp_path: Path) -> None:
         Archive("x", weights="first")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"`coders` must be some of fixed, huffman, ans, got \['zip'\]"):
         Archive("x", coders=["zip"])  # type: ignore[list-item]
+
+
+def test_infinite_values_are_archived_and_drawn(tmp_path: Path) -> None:
+    class Masked(LayersOnSelf):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(20, 20).masked_fill(torch.eye(20, dtype=torch.bool), -torch.inf))
+            self.register_buffer("mask", torch.zeros(4, 4).masked_fill(torch.eye(4, dtype=torch.bool), -torch.inf))
+
+    fit(tmp_path, Archive(tmp_path / "model.lcz"), module=Masked())
+    table = json.loads((tmp_path / "model.lcz.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert [row["codebook"] for row in table["tensors"] if row["name"] == "mask"] == [["-inf"]]
+    assert (tmp_path / "model.lcz.png").exists()

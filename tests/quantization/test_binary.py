@@ -202,3 +202,38 @@ def test_compiled_signs_are_the_same() -> None:
     expected = model(images())
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(compiled(images()), expected, rtol=0, atol=1e-5)
+
+
+def test_probabilities_of_attention_keep_eight_bits() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return self.out(nn.functional.scaled_dot_product_attention(q, k, v))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = Attending()
+    state = quantized(model, [torch.randn(4, 5, 8)], weight_bits=8, activation_bits=1)
+    state.recorded = []
+    model(torch.randn(2, 5, 8))
+    values = {name: value for name, value in state.recorded if name.endswith(("probabilities", "value"))}
+    probabilities, value = (values[name] for name in sorted(values))
+    assert len(set(probabilities.flatten().tolist())) > 10
+    assert set(value.flatten().tolist()) <= {-1.0, 0.0, 1.0}
+
+
+class Sigmoids(LayersOnSelf):
+    """A network whose second layer reads what is positive."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = torch.sigmoid(self.bn1(self.conv1(image)))
+        return self.fc(self.relu(self.bn2(self.conv2(x))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_values_of_one_sign_are_told(tmp_path: Path) -> None:
+    rounding = QuantizationAwareTraining(weight_bits=8, activation_bits=1, edge_bits=1)
+    with pytest.warns(UserWarning, match="are all alike, as every one that was observed has the same sign"):
+        quiet_trainer(tmp_path, [rounding]).fit(Sigmoids(), loader(), loader(16, seed=1))

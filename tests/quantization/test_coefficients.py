@@ -23,12 +23,15 @@ from lightning_compress import (
     load_compressed,
     load_compressed_state,
     save_compressed,
+    shrink,
 )
-from lightning_compress.errors import ArchiveError
-from lightning_compress.quantization import prepare, quantization_of
-from lightning_compress.quantization.coefficients import CoefficientQuantizer, allocate_bits
+from lightning_compress.errors import ArchiveError, CompressionError
+from lightning_compress.quantization import calibrate, prepare, quantization_of
+from lightning_compress.quantization.coefficients import BITS, CoefficientQuantizer, allocate_bits
 from lightning_compress.quantization.dct import dct_matrix, from_frequencies, to_frequencies, transform_matrix
+from lightning_compress.quantization.scheme import Scheme
 from lightning_compress.quantization.weights import WeightQuantizer
+from lightning_compress.storage.bits import varint
 from lightning_compress.storage.coding import encode_stream
 from lightning_compress.storage.tensors import FrequencyWeight, IntegerWeight, _as_frequencies, decode_tensor
 from tests.compatibility.runs import LIGHTNING_NOISE, outputs_of
@@ -165,8 +168,7 @@ def test_the_file_computes_what_was_trained_and_the_archive_holds_it(tmp_path: P
     for name, quantizer in state.weights.items():
         assert torch.equal(weights[f"{name}.weight"], quantizer.rounded(module.get_parameter(f"{name}.weight")))
     assert torch.equal(fresh.conv2.weight, weights["conv2.weight"])
-    forms = {tensor.name: tensor.form for tensor in size.tensors if tensor.name.endswith("weight")}
-    assert {form.removeprefix("sparse ") for form in forms.values()} <= {"frequencies", "integers", "shared", "raw"}
+    assert {tensor.form for tensor in size.tensors if tensor.name.endswith("bias")} <= {"raw", "shared"}
 
 
 def test_pruned_weights_stay_zero(tmp_path: Path) -> None:
@@ -247,17 +249,132 @@ def test_bad_settings_are_named_at_once(tmp_path: Path) -> None:
         QuantizationAwareTraining(weight_transform="fft")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^`block` must be from 2 to 64 inputs, got 1\.$"):
         DCT(block=1)
+    with pytest.raises(TypeError, match=r"^`block` is a number of inputs, an int, or None, got 2\.5\.$"):
+        DCT(block=2.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^`allocates` must be True or False, got 'no'\.$"):
+        DCT(allocates="no")  # type: ignore[arg-type]
+    assert type(DCT(block=np.int64(4)).block) is int  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"^`weight_transform` has the setting 'blok'; a `DCT` has `block` and `allocates`\.$"
+    ):
+        Scheme(weight_transform={"blok": 4})
     with pytest.raises(
         ValueError, match=r"^`weight_transform` rounds coefficients to 2 to 8 bits, got `weight_bits=1`\.$"
     ):
         QuantizationAwareTraining(weight_bits=1, weight_transform="dct")
     with pytest.raises(
         ValueError,
-        match=r"^`weight_transform=DCT\(block=4, allocates=True\)` transforms 4 inputs of a layer together, and "
-        r"`ChannelPruning` removes some of them: the others' coefficients would change\. Transform kernels alone with "
+        match=r"^`weight_transform=DCT\(block=4, allocates=True\)` transforms 4 inputs of a layer together: where "
+        r"channels are removed, the coefficients of the others would change\. Transform kernels alone with "
         r'`weight_transform="dct"`\.$',
     ):
         fit(tmp_path, ChannelPruning(macs=0.6, end=0.3), rounding())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("begins", ["zeros", "a channel of zeros", "ones in the middle"])
+def test_weights_that_are_zero_learn(begins: str, bits: int) -> None:
+    target = random_weight(4, 2, 3, 3)
+    weight = {
+        "zeros": torch.zeros(4, 2, 3, 3),
+        "a channel of zeros": target * torch.tensor([0.0, 1.0, 1.0, 1.0])[:, None, None, None],
+        "ones in the middle": torch.nn.init.dirac_(torch.empty(4, 2, 3, 3)),
+    }[begins].requires_grad_()
+    quantizer = WeightQuantizer(bits, coefficients=CoefficientQuantizer(bits), method="mse")
+    optimizer = torch.optim.Adam([weight], 0.05)
+    losses = []
+    for _ in range(60):
+        loss = (quantizer.rounded(weight) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert bool((weight != 0).all())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_what_defines_a_grid_is_not_clipped() -> None:
+    weight = random_weight(4, 2, 3, 3).requires_grad_()
+    slope = random_weight(4, 2, 3, 3)
+    quantizer = WeightQuantizer(8, coefficients=CoefficientQuantizer(8, DCT(allocates=False)))
+    (quantizer.rounded(weight) * slope).sum().backward()  # type: ignore[no-untyped-call]
+    assert weight.grad is not None
+    assert torch.allclose(weight.grad, slope, atol=1e-6)
+
+
+def test_bits_of_large_kernels_are_chosen_in_a_moment_and_of_larger_ones_not_at_all() -> None:
+    errors = random_weight(1024, len(BITS)).abs().sort(1, descending=True)[0]
+    found = allocate_bits(errors.tolist(), BITS, 4 * 1024)
+    assert sum(found) <= 4 * 1024
+    assert transform_matrix((2, 2, 33, 32), None) is None
+    assert transform_matrix((2, 0, 3, 3), None) is None
+    weight = random_weight(2, 2, 33, 32)
+    plain = WeightQuantizer(3, method="mse")
+    coded = WeightQuantizer(3, method="mse", coefficients=CoefficientQuantizer(3))
+    assert torch.equal(coded.rounded(weight), plain.rounded(weight))
+
+
+def test_channels_that_no_layer_reads_stay_where_inputs_are_transformed_together() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.no_grad():
+        net[2].weight[:, 3] = 0  # type: ignore[operator]
+    quantization = prepare(net, weight_bits=3, edge_bits=3, weight_transform=DCT(block=4), ranges="mse")
+    calibrate(net, [torch.rand(16, 8)])
+    quantization.is_quantizing = True
+    with pytest.raises(ValueError, match="where channels are removed, the coefficients of the others would change"):
+        shrink(net, torch.rand(4, 8))
+
+
+class Sized(nn.Module):
+    """A function on a parameter, called with ever new sizes: it is given up, and its weight dropped from use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(random_weight(4, 4, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.kernel) if x.shape[-1] > 2 else x
+
+
+def test_a_weight_that_has_dropped_out_of_use_is_not_in_the_checkpoint() -> None:
+    def network() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 4, 3), Sized(), nn.Conv2d(4, 2, 1))
+
+    scheme = Scheme(weight_bits=3, edge_bits=3, weight_transform="dct", ranges="mse")
+    net = network()
+    quantization = prepare(net, scheme)
+    quantization.is_observing = quantization.is_quantizing = True
+    for size in range(6, 18):
+        net(torch.rand(1, 1, size, size))
+        quantization.ranges.update()
+    again = prepare(network(), scheme)
+    again.load_state_dict(quantization.state_dict())
+    saved = quantization.state_dict()
+    saved["coefficients"]["nowhere"] = {}
+    with pytest.raises(CompressionError, match="quantizes the weight of `nowhere`, which this model does not have"):
+        prepare(network(), scheme).load_state_dict(saved)
+
+
+def test_a_network_of_other_precision_is_archived(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(8, 8, 3)).double()
+    quantization = prepare(net, weight_bits=3, edge_bits=3, weight_transform="dct", ranges="mse")
+    quantization.is_quantizing = True
+    save_compressed(net, tmp_path / "net.lcz")
+    weight = quantization.weights["0"].rounded(net[0].weight)  # type: ignore[arg-type]
+    assert torch.equal(load_compressed(tmp_path / "net.lcz")["0.weight"], weight)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "axis"),
+    [((2, 0, 2, 2), 0, 0), ((2, 3, 0), 4, 0), ((2, 0), 4, 0), ((0, 2, 2, 2), 0, 1), ((1, 1, 60_000), 0, 0)],
+)
+def test_hostile_shapes_are_refused_before_anything_is_made(shape: tuple[int, ...], block: int, axis: int) -> None:
+    n = int(np.prod(shape[2:])) if np.prod(shape[2:]) > 1 else block
+    header = bytes([3 << 1, axis, 8, block]) + varint(n) + varint(shape[axis])
+    payload = header + bytes([128] * n) + np.ones(n + shape[axis], "<f4").tobytes()
+    with pytest.raises(ArchiveError):
+        decode_tensor(payload, torch.float32, shape)
 
 
 def test_removed_channels_leave_the_coefficients_of_the_others(tmp_path: Path) -> None:

@@ -69,6 +69,12 @@ def test_an_empty_report_makes_the_round_trip_too() -> None:
     assert empty.to_text().splitlines()[1:] == ["Net: compression report", "=" * 80, empty.cpu]
 
 
+def test_a_report_of_before_archives_were_told_is_read() -> None:
+    plain = FULL.to_dict()
+    del plain["archive"]
+    assert RunReport.from_dict(plain) == dataclasses.replace(FULL, archive=None)
+
+
 def test_numbers_that_json_lacks_survive_but_names_stay_names() -> None:
     report = RunReport("inf", metrics=(Metric("nan", before=-math.inf),), parity={"signal to noise": math.inf})
     assert RunReport.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report

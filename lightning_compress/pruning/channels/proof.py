@@ -72,18 +72,25 @@ def _failure_of(
 ) -> str | None:
     generator = torch.Generator().manual_seed(0)
     kept = [_some_units(group, generator, share) for group in groups]
-    try:
-        # One copy at a time, for the largest networks.
-        masked = copy.deepcopy(model)
-        for place in removed_places(masked, groups, kept):
-            place.clear_(masked.get_parameter(place.parameter))
-        expected = _outputs(masked, args, kwargs)
-        del masked
-        removed = copy.deepcopy(model)
-        narrow_(removed, record_of(model, groups, kept))
-        found = _outputs(removed, args, kwargs)
-    except Exception as error:  # user code may raise anything
-        return f"without some of them the forward fails: {first_line(error)}"
+
+    def mask_(network: nn.Module) -> None:
+        for place in removed_places(network, groups, kept):
+            place.clear_(network.get_parameter(place.parameter))
+
+    def remove_(network: nn.Module) -> None:
+        narrow_(network, record_of(model, groups, kept))
+
+    results = []
+    for change_ in (mask_, remove_):
+        changed = copy.deepcopy(model)
+        try:
+            change_(changed)
+            with same_random_numbers():
+                results.append(list(output_tensors(changed(*copy.deepcopy(args), **copy.deepcopy(kwargs)))))
+        except Exception as error:  # user code may raise anything
+            return f"without some of them the forward fails: {first_line(error)}"
+        del changed  # one copy at a time, for the largest networks
+    expected, found = results
     if not expected or len(expected) != len(found):
         return "the output holds no tensors that could be compared"
     is_double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
@@ -95,11 +102,6 @@ def _failure_of(
         if one.is_floating_point() and not bool(((one - other).abs() <= tolerance * max(largest, 1e-30)).all()):
             return "without some of them the model does not compute what it computes with zeros in their place"
     return None
-
-
-def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    with same_random_numbers():
-        return list(output_tensors(model(*copy.deepcopy(args), **copy.deepcopy(kwargs))))
 
 
 def _some_units(group: ChannelGroup, generator: torch.Generator, share: float) -> Tensor:
