@@ -20,6 +20,7 @@ LAYER = {
     "pruning": 1,
     "distillation": 1,
     "clustering": 1,
+    "decomposition": 1,
     "graph": 0,
     "schedules": 0,
     "selection": 0,
