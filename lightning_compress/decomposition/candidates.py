@@ -91,11 +91,11 @@ def why_factors_cost_more(layer: nn.Module, scheme: Scheme, rank: int) -> str:
 
     Example:
         >>> why_factors_cost_more(nn.Linear(10, 10), "channel", 5)
-        'two factors of rank 5 cost no fewer multiply-accumulates than the layer'
+        'costs no more multiply-accumulates than two factors of rank 5'
     """
     factors, whole = factor_macs(layer, scheme, rank)
     is_cheaper = factors < whole and rank < full_rank(layer.get_parameter("weight").shape, scheme)
-    return "" if is_cheaper else f"two factors of rank {rank} cost no fewer multiply-accumulates than the layer"
+    return "" if is_cheaper else f"costs no more multiply-accumulates than two factors of rank {rank}"
 
 
 def why_not_shared(layer: nn.Module, over: Over, size: int, *, is_last: bool) -> str:

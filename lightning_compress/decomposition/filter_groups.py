@@ -18,7 +18,7 @@ Grouping = Literal["similar", "consecutive"]
 
 GROUPINGS: tuple[Grouping, ...] = get_args(Grouping)
 
-MOST_COMPARED = 4096
+MOST_COMPARED = 2048
 """Channels that are compared with one another at once; of wider layers so many neighbours at a time."""
 
 Groups = list[list[int]]
@@ -75,24 +75,26 @@ def similar_groups(filters: Tensor, size: int) -> Groups:
 
 def _nearest(filters: Tensor, size: int) -> Groups:
     n_channels = len(filters)
+    distances = torch.cdist(filters, filters)
     rows, columns = torch.triu_indices(n_channels, n_channels, offset=1)
-    nearest_first = torch.cdist(filters, filters)[rows, columns].argsort(stable=True)
-    left = [True] * n_channels
+    nearest_first = distances[rows, columns].argsort(stable=True)
+    squares = distances.square_()
+    taken = [False] * n_channels
     groups: Groups = []
     for one, other in zip(rows[nearest_first].tolist(), columns[nearest_first].tolist(), strict=True):
         if len(groups) == n_channels // size:
             break
-        if not (left[one] and left[other]):
+        if taken[one] or taken[other]:
             continue
         group = [one, other]
-        left[one] = left[other] = False
+        taken[one] = taken[other] = True
         while len(group) < size:
-            distances = torch.linalg.vector_norm(filters - filters[group].mean(0), dim=1)
-            distances[~torch.tensor(left)] = torch.inf
-            group.append(int(distances.argmin()))
-            left[group[-1]] = False
+            # The nearest to the mean has the smallest sum of squared distances to the members.
+            sums = squares[group].sum(0).masked_fill_(torch.tensor(taken), torch.inf)
+            group.append(int(sums.argmin()))
+            taken[group[-1]] = True
         groups.append(sorted(group))
-    rest = [channel for channel, is_left in enumerate(left) if is_left]
+    rest = [channel for channel, is_taken in enumerate(taken) if not is_taken]
     return sorted(groups) + ([rest] if rest else [])
 
 
@@ -129,7 +131,7 @@ def draw_together_(tensor: Tensor, dim: int, groups: Sequence[Tensor], pull: flo
     """
     channels = tensor.movedim(dim, 0)
     for rows in groups:
-        members = channels[rows].float()  # groups, members, ...
+        members = channels[rows].to(torch.promote_types(tensor.dtype, torch.float32))  # groups, members, ...
         anchor = members[:, :1]
         mean = anchor + (members - anchor).mean(1, keepdim=True)
         moved = mean.expand_as(members) if pull == 1.0 else members + pull * (mean - members)
