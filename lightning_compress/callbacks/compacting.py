@@ -148,6 +148,7 @@ def check_compacted(whole: nn.Module, small: nn.Module, record: CompactRecord, c
         CompressionError: If it is more than 1e-5, or than 1e-4 where there are factors; names the layers that break it.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(2, 2))
         >>> check_compacted(net, net, {}, [((torch.rand(1, 2),), {})])
         0.0

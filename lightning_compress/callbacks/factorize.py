@@ -15,7 +15,7 @@ from lightning_compress.callbacks.averages import averaged_modules
 from lightning_compress.callbacks.compressor import Compressor
 from lightning_compress.callbacks.decomposing import DecomposingCompressor, kept_state
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
-from lightning_compress.decomposition.candidates import candidates, rank_of, scheme_of, why_factors_cost_more
+from lightning_compress.decomposition.candidates import candidates, rank_of, scheme_of, why_not_factorised
 from lightning_compress.decomposition.factor_state import FactorState
 from lightning_compress.decomposition.low_rank import SCHEMES, Scheme, full_rank
 from lightning_compress.errors import CompressionError
@@ -39,8 +39,9 @@ class Factorize(DecomposingCompressor):
     (Jaderberg et al. 2014, arXiv:1405.3866). `compact` makes these layers on a copy, and `OnnxExport` writes them.
 
     The parameters stay plain leaf parameters under their own names and shapes. The ranks travel in every checkpoint.
-    Layers whose factors would cost no fewer multiply-accumulates stay as they are, and so do grouped and transposed
-    convolutions and shared weights; `left_alone` tells which and why. Weights must be float32, as of
+    Layers whose factors would cost no fewer multiply-accumulates stay as they are, and so do those of fewer than 16
+    channels where a share is asked for, as a first layer or one of ten classes, grouped and transposed convolutions and
+    shared weights; `left_alone` tells which and why. Weights must be float32, as of
     ``precision="bf16-mixed"``: rounded to bfloat16 they are of full rank again.
 
     Args:
@@ -198,12 +199,11 @@ class Factorize(DecomposingCompressor):
         self._schemes = {name: scheme_of(layer, self.scheme) for name, layer in layers.items() if name in wanted}
         self._targets, self._full = {}, {}
         for name, scheme in self._schemes.items():
-            target = rank_of(layers[name], ranks[name])
-            reason = why_factors_cost_more(layers[name], scheme, target)
+            reason = why_not_factorised(layers[name], scheme, ranks[name])
             if reason:
                 self._left_alone[name] = reason
             else:
-                self._targets[name] = target
+                self._targets[name] = rank_of(layers[name], ranks[name])
                 self._full[name] = full_rank(layers[name].get_parameter("weight").shape, scheme)
         self._left_alone = {name: reason for name, reason in self._left_alone.items() if name in wanted}
         self._check_none_named("layers", self.layers or ())

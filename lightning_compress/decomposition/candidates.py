@@ -16,6 +16,10 @@ READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules of torch that read the weights of their layers, where calling the layers would do."""
 
 
+LEAST_CHANNELS = 16
+"""Channels from which on a share of them is a rank: a quarter of the logits of ten classes tells hardly any apart."""
+
+
 def candidates(model: nn.Module, exclude: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Return the layers of a model that two others can stand for, and why the other layers cannot be replaced.
 
@@ -86,16 +90,28 @@ def rank_of(layer: nn.Module, rank: float) -> int:
     return max(1, round(rank * full_rank(shape, "channel"))) if isinstance(rank, float) else rank
 
 
-def why_factors_cost_more(layer: nn.Module, scheme: Scheme, rank: int) -> str:
-    """Return why two factors do not pay for a layer; empty where they do.
+def why_not_factorised(layer: nn.Module, scheme: Scheme, rank: float) -> str:
+    """Return why a layer should not become two factors; empty where nothing stands against it.
+
+    Args:
+        layer: One of the candidates.
+        scheme: How its weight is a matrix.
+        rank: As of `rank_of`.
 
     Example:
-        >>> why_factors_cost_more(nn.Linear(10, 10), "channel", 5)
-        'costs no more multiply-accumulates than two factors of rank 5'
+        >>> why_not_factorised(nn.Linear(64, 20), "channel", 0.9)
+        'costs no more multiply-accumulates than two factors of rank 18'
+        >>> why_not_factorised(nn.Linear(64, 10), "channel", 0.5)
+        'has 10 channels, too few for a share of them'
     """
-    factors, whole = factor_macs(layer, scheme, rank)
-    is_cheaper = factors < whole and rank < full_rank(layer.get_parameter("weight").shape, scheme)
-    return "" if is_cheaper else f"costs no more multiply-accumulates than two factors of rank {rank}"
+    shape = layer.get_parameter("weight").shape
+    if isinstance(rank, float) and full_rank(shape, "channel") < LEAST_CHANNELS:
+        return f"has {full_rank(shape, 'channel')} channels, too few for a share of them"
+    number = rank_of(layer, rank)
+    factors, whole = factor_macs(layer, scheme, number)
+    if factors < whole and number < full_rank(shape, scheme):
+        return ""
+    return f"costs no more multiply-accumulates than two factors of rank {number}"
 
 
 def why_not_shared(layer: nn.Module, over: Over, size: int, *, is_last: bool) -> str:

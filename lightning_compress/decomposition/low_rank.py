@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -191,16 +191,14 @@ def _wide(matrix: Tensor) -> Tensor:
 @contextmanager
 def _whole_precision(matrix: Tensor) -> Iterator[None]:
     """Multiply in the matrix's own precision: autocast and TF32 would add their rounding to the weights, every step."""
-    backend = torch.backends.cuda.matmul
-    has_name = hasattr(backend, "fp32_precision")  # since torch 2.9
-    before = backend.fp32_precision if has_name else backend.allow_tf32
+    known: list[Any] = [getattr(torch.backends, name) for name in ("cuda", "mkldnn")]
+    backends = [one.matmul for one in known if hasattr(getattr(one, "matmul", None), "fp32_precision")]  # torch 2.9
+    before = [backend.fp32_precision for backend in backends]
     try:
-        _set_precision(has_name, "ieee" if has_name else False)
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.autocast(matrix.device.type, enabled=False):
             yield
     finally:
-        _set_precision(has_name, before)
-
-
-def _set_precision(has_name: bool, value: str | bool) -> None:
-    setattr(torch.backends.cuda.matmul, "fp32_precision" if has_name else "allow_tf32", value)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

@@ -40,7 +40,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def factorised(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return fit(tmp_path_factory.mktemp("factorised"), Factorize(0.25))
+    return fit(tmp_path_factory.mktemp("factorised"), Factorize(2))
 
 
 @pytest.mark.parametrize("kind", ["shared", "factorised"])
@@ -90,12 +90,12 @@ def test_the_small_module_loses_channels_in_a_second_fit(factorised: Any, tmp_pa
     torch.testing.assert_close(outputs_of(tmp_path / "model.onnx", IMAGES), outputs(small), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [NetWithKeywords, TwoNetworks])
-@pytest.mark.parametrize("callback", [FilterSharing, Factorize])
+@pytest.mark.parametrize(("kind", "callback"), [(NetWithKeywords, FilterSharing), (TwoNetworks, Factorize)])
 def test_layers_of_inner_networks_are_replaced(kind: Any, callback: Any, tmp_path: Path) -> None:
     export = OnnxExport(tmp_path / "model.onnx", latency=False)
     module = fit(tmp_path, callback(2), export, module=kind())
     small, record = compact(module)
+    assert record
     assert all("." in name for name in record)
     torch.testing.assert_close(outputs(small), outputs(module), rtol=0, atol=1e-5)
     assert export.report is not None
@@ -111,7 +111,7 @@ def test_an_archive_of_the_small_module_comes_back(factorised: Any, tmp_path: Pa
 
 
 def test_an_archive_in_the_fit_holds_the_full_shape(tmp_path: Path) -> None:
-    module = fit(tmp_path, Factorize(0.25), Archive(tmp_path / "model.lcz"))
+    module = fit(tmp_path, Factorize(2), Archive(tmp_path / "model.lcz"))
     fresh = LayersOnSelf()
     load_compressed(tmp_path / "model.lcz", fresh)
     torch.testing.assert_close(outputs(fresh), outputs(module), rtol=0, atol=0)
@@ -135,12 +135,12 @@ def test_a_layer_whose_weight_is_read_is_named(tmp_path: Path) -> None:
         ),
         pytest.warns(UserWarning, match="weights are kept in"),
     ):
-        fit(tmp_path, Factorize(0.25), OnnxExport(tmp_path / "model.onnx", latency=False), module=ReadsWeight())
+        fit(tmp_path, Factorize(2), OnnxExport(tmp_path / "model.onnx", latency=False), module=ReadsWeight())
 
 
 def test_the_check_tells_small_layers_that_are_not_the_same(shared: Any) -> None:
     small, record = compact(shared)
-    calls = [((IMAGES,), {})]
+    calls: Any = [((IMAGES,), {})]
     assert check_compacted(shared, small, record, calls) < 1e-6
     with torch.no_grad():
         small.get_parameter("fc.1.weight").mul_(1.001)

@@ -86,7 +86,7 @@ def seeded(kind: Any) -> Any:
 def test_the_small_module_and_the_file_compute_what_was_trained(
     scheme: Scheme, kernels: list[tuple[int, ...]], tmp_path: Path
 ) -> None:
-    factors = Factorize(0.25, scheme=scheme, exclude=["conv1"])
+    factors = Factorize(2, scheme=scheme, exclude=["conv1"], overrides={"fc": 1})
     export = OnnxExport(tmp_path / "model.onnx", latency=False)
     module = fit(tmp_path, factors, export)
     small, record = compact(module)
@@ -103,19 +103,29 @@ def test_the_small_module_and_the_file_compute_what_was_trained(
 
 
 def test_layers_are_chosen_by_pattern_and_ranks_by_layer(tmp_path: Path) -> None:
-    factors = Factorize(0.5, layers=["conv*"], overrides={"conv2": 1}, scheme="spatial")
+    factors = Factorize(4, layers=["conv*"], overrides={"conv2": 1}, scheme="spatial")
     module = fit(tmp_path, factors, KnowledgeDistillation(LayersOnSelf(12)))
     assert factors.ranks == {"conv2": (24, 1)}
-    # 4 * (3 + 8 * 3) for 8 * 9
-    assert factors.left_alone == {
-        "conv1": "costs no more multiply-accumulates than two factors of rank 4",
-    }
+    # 4 * (1 * 3 + 8 * 3) for 8 * 9
+    assert factors.left_alone == {"conv1": "costs no more multiply-accumulates than two factors of rank 4"}
     assert rank(module, scheme="spatial") == 1
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+def test_a_share_is_one_of_the_channels_where_there_are_enough(scheme: Scheme, tmp_path: Path) -> None:
+    factors = Factorize(0.25, scheme=scheme)
+    module = fit(tmp_path, factors, module=LayersOnSelf(16))
+    assert factors.ranks == {"conv2": (16 if scheme == "channel" else 48, 4)}
+    assert factors.left_alone == {
+        "conv1": "has 9 channels, too few for a share of them",
+        "fc": "has 4 channels, too few for a share of them",
+    }
+    assert rank(module, scheme=scheme) == 4
 
 
 def test_a_run_is_resumed_to_the_bit_and_the_ranks_travel_with_the_weights(tmp_path: Path) -> None:
     def factors() -> Factorize:
-        return Factorize(0.25, start=1, end=13, update_every=3)
+        return Factorize(2, start=1, end=13, update_every=3)
 
     whole = fit(tmp_path, factors(), keep_all(tmp_path / "kept"), enable_checkpointing=True, max_epochs=3)
     for step in (8, 16):  # between two falls, and held
@@ -129,15 +139,15 @@ def test_a_run_is_resumed_to_the_bit_and_the_ranks_travel_with_the_weights(tmp_p
 
 def test_averaged_weights_are_of_the_rank_too(tmp_path: Path) -> None:
     averaging = WeightAveraging(avg_fn=get_ema_avg_fn(0.9))  # type: ignore[no-untyped-call]
-    module = fit(tmp_path, Factorize(0.25), averaging)
-    assert (rank(module), rank(module, "fc")) == (2, 1)
+    module = fit(tmp_path, Factorize(2), averaging)
+    assert (rank(module), rank(module, "fc")) == (2, 2)
     assert list(compact(module).record) == ["conv1", "conv2", "fc"]
 
 
 def test_two_processes_end_at_the_same_rank(tmp_path: Path) -> None:
     strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
-    module = fit(tmp_path, Factorize(0.25), AlikeWeights(), strategy=strategy, devices=2)
-    assert (rank(module), rank(module, "fc")) == (2, 1)
+    module = fit(tmp_path, Factorize(2), AlikeWeights(), strategy=strategy, devices=2)
+    assert (rank(module), rank(module, "fc")) == (2, 2)
 
 
 class WithAdam(LayersOnSelf):
@@ -147,7 +157,7 @@ class WithAdam(LayersOnSelf):
 
 def test_adam_in_mixed_precision_holds_the_rank(tmp_path: Path) -> None:
     watching = Watching()
-    fit(tmp_path, Factorize(0.25, end=8), watching, module=seeded(WithAdam), precision="bf16-mixed")
+    fit(tmp_path, Factorize(2, end=8), watching, module=seeded(WithAdam), precision="bf16-mixed")
     assert watching.ranks[8:] == [2] * 8
 
 
@@ -157,11 +167,11 @@ def test_weights_of_half_precision_are_refused_before_a_step(tmp_path: Path) -> 
         match=r"^The weight of layer `conv1` is torch\.bfloat16, in which no low rank can be held\. Train with "
         r'`precision="bf16-mixed"` or "16-mixed", which keep weights in float32\.$',
     ):
-        fit(tmp_path, Factorize(0.25), precision="bf16-true")
+        fit(tmp_path, Factorize(2), precision="bf16-true")
 
 
 def test_a_try_run_reaches_the_rank_and_writes_nothing(tmp_path: Path) -> None:
-    factors = Factorize(0.25)
+    factors = Factorize(2)
     module = fit(tmp_path, factors, OnnxExport(tmp_path / "model.onnx"), fast_dev_run=True)
     assert factors.complete
     assert rank(module) == 2
@@ -170,9 +180,9 @@ def test_a_try_run_reaches_the_rank_and_writes_nothing(tmp_path: Path) -> None:
 
 def test_a_run_that_ends_early_writes_the_full_shape(tmp_path: Path) -> None:
     with pytest.warns(
-        UserWarning, match=r"`Factorize` was at 0\.\d{3} of the full ranks, and 0\.250 was due after step 12"
+        UserWarning, match=r"`Factorize` was at 0\.\d{3} of the full ranks, and 0\.300 was due after step 12"
     ):
-        fit(tmp_path, Factorize(0.25, end=12), OnnxExport(tmp_path / "model.onnx", latency=False), max_steps=8)
+        fit(tmp_path, Factorize(2, end=12), OnnxExport(tmp_path / "model.onnx", latency=False), max_steps=8)
     assert (8, 8, 3, 3) in kernel_shapes(tmp_path / "model.incomplete.onnx")
 
 
@@ -231,13 +241,13 @@ def test_layers_that_have_no_factors_are_told_before_the_training(tmp_path: Path
         match=r"^`layers` names `conv2`, which `Factorize` cannot replace: it is a grouped convolution\. Take it out "
         r"of `layers`\.$",
     ):
-        fit(tmp_path, Factorize(0.5, layers=["conv2"]), module=Grouped())
+        fit(tmp_path, Factorize(2, layers=["conv2"]), module=Grouped())
     with pytest.raises(
         ValueError,
         match=r"^`overrides` names `conv2`, which `Factorize` cannot replace: it costs no more "
         r"multiply-accumulates than two factors of rank 8\. Take it out of `overrides`\.$",
     ):
-        fit(tmp_path, Factorize(0.5, overrides={"conv2": 8}))
+        fit(tmp_path, Factorize(2, overrides={"conv2": 8}))
     with pytest.raises(ValueError, match=r"^`layers` pattern 'head' matches no layer\. The layers are: `conv1`, "):
         fit(tmp_path, Factorize(0.5, layers=["head"]))
     with pytest.raises(
@@ -249,9 +259,9 @@ def test_layers_that_have_no_factors_are_told_before_the_training(tmp_path: Path
 
 
 def test_another_run_does_not_go_on_with_the_ranks(tmp_path: Path) -> None:
-    fit(tmp_path, Factorize(0.25), keep_all(tmp_path / "kept"), enable_checkpointing=True, max_epochs=1)
-    with pytest.raises(CompressionError, match=r"was written with rank=0\.25, this run has rank=0\.5\."):
-        fit(tmp_path, Factorize(0.5), ckpt=tmp_path / "kept" / "step=8.ckpt")
+    fit(tmp_path, Factorize(2), keep_all(tmp_path / "kept"), enable_checkpointing=True, max_epochs=1)
+    with pytest.raises(CompressionError, match=r"was written with rank=2, this run has rank=3\."):
+        fit(tmp_path, Factorize(3), ckpt=tmp_path / "kept" / "step=8.ckpt")
 
 
 def test_weights_that_diverged_are_told(tmp_path: Path) -> None:
@@ -261,4 +271,4 @@ def test_weights_that_diverged_are_told(tmp_path: Path) -> None:
         CompressionError,
         match=r"^The weight of layer `conv2` holds NaN or infinite values, which cannot be factorised\.$",
     ):
-        fit(tmp_path, Factorize(0.25), module=module)
+        fit(tmp_path, Factorize(2), module=module)

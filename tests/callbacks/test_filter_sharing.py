@@ -78,8 +78,7 @@ def test_learning_does_not_keep_filters_apart(tmp_path: Path) -> None:
     assert 0.0 < watching.gaps[7] < 0.1 * watching.gaps[0]
 
 
-@pytest.mark.parametrize("over", ["inputs", "outputs"])
-@pytest.mark.parametrize("groups", ["similar", "consecutive"])
+@pytest.mark.parametrize(("over", "groups"), [("inputs", "similar"), ("inputs", "consecutive"), ("outputs", "similar")])
 def test_the_small_module_and_the_file_compute_what_was_trained(over: Over, groups: Grouping, tmp_path: Path) -> None:
     sharing = FilterSharing(2, over=over, groups=groups)
     module = fit(tmp_path, sharing, OnnxExport(tmp_path / "model.onnx", latency=False))

@@ -137,7 +137,7 @@ def test_layers_that_others_cannot_stand_for_are_left_alone() -> None:
 
 
 def test_a_record_is_plain_and_brings_the_layers_back() -> None:
-    record = {
+    record: dict[str, dict[str, Any]] = {
         "0": {"over": "inputs", "groups": [[0, 1], [2, 3]]},
         "1.0": {"scheme": "spatial", "rank": 2},
         "2": {"over": "outputs", "groups": [[0, 2], [1]]},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +25,8 @@ SHAPES = [(6, 10), (10, 6), (5, 5)]
 def svd_of_rank(matrix: Tensor, rank: int) -> Tensor:
     """The slow reference: the best approximation by Eckart and Young."""
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return (left[:, :rank] * values[:rank]) @ right[:rank]
+    best: Tensor = (left[:, :rank] * values[:rank]) @ right[:rank]
+    return best
 
 
 def random(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -83,6 +86,25 @@ def test_a_retraction_under_autocast_is_one_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found, _ = retracted(matrix, basis)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_products_of_less_precision_are_set_aside_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    qr = torch.linalg.qr
+
+    def watched(matrix: Tensor) -> Any:
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return qr(matrix)
+
+    monkeypatch.setattr(torch.linalg, "qr", watched)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        retracted(random((6, 10)), best_basis(random((6, 10)), 2))
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["ieee"]
 
 
 def test_weak_directions_beside_strong_ones_are_kept() -> None:

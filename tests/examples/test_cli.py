@@ -18,6 +18,7 @@ from examples import cli
 from lightning_compress import (
     Annealing,
     Archive,
+    Factorize,
     FeatureDistillation,
     KnowledgeDistillation,
     LogitDistillation,
@@ -131,17 +132,26 @@ def test_losses_and_teachers_are_given_in_yaml(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_recipes_are_those_of_the_readme() -> None:
-    assert RECIPES == ["all", "distill", "prune", "quantize", "store"]
+    assert RECIPES == ["all", "distill", "factorize", "prune", "quantize", "store"]
 
 
 @works("LightningCLI", "`--print_config=comments`", "tells what every argument means")
 @pytest.mark.parametrize(
-    "kind", [KnowledgeDistillation, MagnitudePruning, QuantizationAwareTraining, WeightClustering, OnnxExport, Archive]
+    "kind",
+    [
+        KnowledgeDistillation,
+        MagnitudePruning,
+        QuantizationAwareTraining,
+        WeightClustering,
+        Factorize,
+        OnnxExport,
+        Archive,
+    ],
 )
 def test_the_printed_configuration_explains_every_argument(
     kind: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = "store.yaml" if kind in (WeightClustering, Archive) else "all.yaml"
+    recipe = {WeightClustering: "store.yaml", Archive: "store.yaml", Factorize: "factorize.yaml"}.get(kind, "all.yaml")
     with pytest.raises(SystemExit) as caught:
         run(monkeypatch, "fit", "-c", str(ROOT / "examples" / "recipes" / recipe), "--print_config=comments")
     assert caught.value.code == 0
