@@ -7,14 +7,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lightning_compress.decomposition.attribute_reads import why_read
 from lightning_compress.decomposition.filter_groups import Over, dim_of
 from lightning_compress.decomposition.layers import CONVOLUTIONS, factor_macs
 from lightning_compress.decomposition.low_rank import Scheme, full_rank
 from lightning_compress.selection import TRANSPOSED_LAYERS, plain_weights, weight_layers
-
-READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""Modules of torch that read the weights of their layers, where calling the layers would do."""
-
 
 LEAST_CHANNELS = 16
 """Channels from which on a share of them is a rank: a quarter of the logits of ten classes tells hardly any apart."""
@@ -45,7 +42,6 @@ def candidates(model: nn.Module, exclude: Sequence[str]) -> tuple[dict[str, nn.M
     found: dict[str, nn.Module] = {}
     reasons: dict[str, str] = {}
     for name, layer in weight_layers(model, exclude).items():
-        parent = model.get_submodule(name.rpartition(".")[0])
         reason = ""
         if isinstance(layer, TRANSPOSED_LAYERS):
             reason = "is a transposed convolution"
@@ -57,8 +53,8 @@ def candidates(model: nn.Module, exclude: Sequence[str]) -> tuple[dict[str, nn.M
             reason = "is a grouped convolution"
         elif uses[id(layer.weight)] > 1:
             reason = "shares its weight with another layer"
-        elif isinstance(parent, READS_WEIGHTS):
-            reason = f"lies in a `{type(parent).__name__}`, which reads its weight without calling it"
+        else:
+            reason = why_read(model, name)
         if reason:
             reasons[name] = reason
         else:

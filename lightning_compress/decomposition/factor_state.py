@@ -14,6 +14,7 @@ from lightning_compress.decomposition.low_rank import (
     as_weight,
     best_basis,
     full_rank,
+    narrower_basis,
     projected,
     rank_error,
     retracted,
@@ -82,8 +83,9 @@ class FactorState:
                     f"The weight of layer `{name}` holds NaN or infinite values, which cannot be factorised."
                 )
             if rank < full_rank(weight.shape, scheme):
-                matrix = as_matrix(weight, scheme)
-                self.bases[name] = best_basis(matrix, rank)
+                matrix, basis = as_matrix(weight, scheme), self.bases.get(name)
+                basis = None if basis is None else basis.to(weight.device)
+                self.bases[name] = best_basis(matrix, rank) if basis is None else narrower_basis(matrix, basis, rank)
                 weight.copy_(as_weight(projected(matrix, self.bases[name]), weight.shape, scheme))
 
     @torch.no_grad()
@@ -120,7 +122,9 @@ class FactorState:
         found = []
         for name in self.bases:
             matrix = as_matrix(weights[name].detach(), self.schemes[name])
-            if rank_error(matrix, best_basis(matrix, self.ranks[name])) > ON_RANK:
+            # Averages of the weights lie in other directions.
+            is_in_basis = rank_error(matrix, self.bases[name].to(matrix.device)) <= ON_RANK
+            if not is_in_basis and rank_error(matrix, best_basis(matrix, self.ranks[name])) > ON_RANK:
                 found.append(name)
         return found
 

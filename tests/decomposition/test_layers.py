@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.decomposition import compact_
 from lightning_compress.decomposition.candidates import candidates
@@ -110,7 +111,26 @@ class Tied(nn.Module):
         self.attention = nn.MultiheadAttention(4, 2)
         self.encoder = nn.TransformerEncoderLayer(4, 2, 8)
         self.scaled = Scaled(4, 4)
+        self.inner = nn.Sequential(OrderedDict(reading=Reading(), other=nn.Linear(4, 4)))
         self.plain = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights: Tensor = self.plain(x) + self.deep()
+        return weights if self.plain.training else self.plain.forward(weights)
+
+    def deep(self) -> Any:
+        inner: Any = self.inner
+        return inner.reading.deep.weight
+
+
+class Reading(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.deep, self.called = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.called(x).view(-1, self.read.in_features)
+        return found
 
 
 class Scaled(nn.Linear):
@@ -119,8 +139,8 @@ class Scaled(nn.Linear):
 
 def test_layers_that_others_cannot_stand_for_are_left_alone() -> None:
     found, reasons = candidates(Tied(), [])
-    assert list(found) == ["plain"]
-    reads = "lies in a `TransformerEncoderLayer`, which reads its weight without calling it"
+    assert list(found) == ["inner.reading.called", "inner.other", "plain"]
+    reads = "has its `weight` read in the forward of a `TransformerEncoderLayer`"
     joint = "is a `NonDynamicallyQuantizableLinear`, whose forward may be its own"
     assert reasons == {
         "first": "shares its weight with another layer",
@@ -130,6 +150,8 @@ def test_layers_that_others_cannot_stand_for_are_left_alone() -> None:
         "encoder.linear1": reads,
         "encoder.linear2": reads,
         "scaled": "is a `Scaled`, whose forward may be its own",
+        "inner.reading.read": "has its `in_features` read in the forward of a `Reading`",
+        "inner.reading.deep": "has its `weight` read in the forward of a `Tied`",
     }
     assert list(candidates(nn.Linear(2, 2), [])[1].values()) == [
         "is the whole model, and has no place in another module"

@@ -14,6 +14,7 @@ from lightning_compress.decomposition.low_rank import (
     as_weight,
     best_basis,
     best_factors,
+    narrower_basis,
     projected,
     rank_error,
     retracted,
@@ -65,6 +66,13 @@ def test_the_basis_and_the_factors_are_those_of_the_decomposition(shape: tuple[i
     torch.testing.assert_close(projected(matrix, best_basis(matrix, rank)), expected, rtol=1e-4, atol=1e-5)
     left, right = best_factors(matrix, rank)
     torch.testing.assert_close(left @ right, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_narrower_basis_is_that_of_the_decomposition(shape: tuple[int, int]) -> None:
+    matrix = svd_of_rank(random(shape), 4).float()
+    found = projected(matrix, narrower_basis(matrix, best_basis(matrix, 4), 2))
+    torch.testing.assert_close(found, svd_of_rank(matrix, 2).float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
