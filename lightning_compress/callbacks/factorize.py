@@ -74,13 +74,13 @@ class Factorize(DecomposingCompressor):
 
     def __init__(
         self,
-        rank: float | int = 0.5,
+        rank: int | float = 0.5,
         *,
         layers: Sequence[str] | None = None,
         scheme: Scheme = "channel",
         start: int | float = 0.0,
         end: int | float = 0.5,
-        overrides: Mapping[str, float | int] | None = None,
+        overrides: Mapping[str, int | float] | None = None,
         exclude: Sequence[str] = (),
         update_every: int | None = None,
     ) -> None:

@@ -180,6 +180,20 @@ def test_whole_numbers_in_yaml_stay_optimizer_steps(
     assert isinstance(found["init_args"]["start"], int)
 
 
+def test_ranks_in_yaml_stay_numbers_or_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = small("factorize", tmp_path)
+    config = yaml.safe_load(path.read_text())
+    factors = next(item for item in config["trainer"]["callbacks"] if item["class_path"].endswith("Factorize"))
+    factors["init_args"].update(rank=8, overrides={"network.blocks.1": 0.5, "network.blocks.2": 4})
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    seen: list[Factorize] = []
+    monkeypatch.setattr(Factorize, "on_fit_end", lambda self, *_: seen.append(self), raising=False)
+    run(monkeypatch, "fit", "-c", str(path), "--trainer.fast_dev_run=true")
+    ranks = {name.removeprefix("network.blocks."): rank for name, (_, rank) in seen[0].ranks.items()}
+    assert (ranks["0.conv1"], ranks["1.conv1"], ranks["2.conv1"]) == (8, 16, 4)
+
+
 def test_a_trained_teacher_is_read_again(tmp_path: Path) -> None:
     data = cli.SmallImages("digits", n_train=100, batch_size=20)
     first = cli.trained_teacher(str(tmp_path / "teacher.pt"), data, width=8, max_epochs=1)
