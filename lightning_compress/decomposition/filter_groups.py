@@ -129,13 +129,15 @@ def draw_together_(tensor: Tensor, dim: int, groups: Sequence[Tensor], pull: flo
         tensor([[0.2500, 2.2500],
                 [0.7500, 2.7500]])
     """
-    channels = tensor.movedim(dim, 0)
+    precise = torch.promote_types(tensor.dtype, torch.float32)
     for rows in groups:
-        members = channels[rows].to(torch.promote_types(tensor.dtype, torch.float32))  # groups, members, ...
-        anchor = members[:, :1]
-        mean = anchor + (members - anchor).mean(1, keepdim=True)
-        moved = mean.expand_as(members) if pull == 1.0 else members + pull * (mean - members)
-        channels[rows.flatten()] = moved.flatten(0, 1).to(tensor.dtype)
+        nth_channels = list(rows.T.contiguous())  # the first of every group, the second, ...
+        members = [tensor.index_select(dim, channels).to(precise) for channels in nth_channels]
+        # By what they differ from one of them: filters that are equal stay as they are, whatever rounds.
+        mean = members[0] + sum(member - members[0] for member in members[1:]) / len(members)
+        for channels, member in zip(nth_channels, members, strict=True):
+            moved = mean if pull == 1.0 else torch.lerp(member, mean, pull)
+            tensor.index_copy_(dim, channels, moved.to(tensor.dtype))
 
 
 @torch.no_grad()
