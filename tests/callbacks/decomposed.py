@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import onnx
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_avg_fn
 
 from lightning_compress.processes import check_alike
 from lightning_compress.report import model_statistics
@@ -18,6 +20,12 @@ from tests.training import quiet_trainer
 from tests.user_modules import Images, LayersOnSelf, loader
 
 IMAGES = Images(16, seed=3).images
+
+AVERAGES: dict[str, Callable[[], L.Callback]] = {
+    "WeightAveraging": lambda: WeightAveraging(avg_fn=get_ema_avg_fn(0.9)),  # type: ignore[no-untyped-call]
+    "StochasticWeightAveraging": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=0.5),
+}
+"""Lightning's callbacks that average weights."""
 
 
 def fit(folder: Path, *callbacks: L.Callback, module: Any = None, ckpt: Any = None, **settings: Any) -> Any:

@@ -8,10 +8,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
-from torch.optim.swa_utils import get_ema_avg_fn
 
 from lightning_compress import (
     ChannelPruning,
@@ -27,9 +25,9 @@ from lightning_compress import (
 )
 from lightning_compress.decomposition.low_rank import Scheme, as_matrix
 from lightning_compress.errors import CompressionError
-from tests.callbacks.decomposed import IMAGES, AlikeWeights, fit, keep_all, kernel_shapes, macs, outputs
+from tests.callbacks.decomposed import AVERAGES, IMAGES, AlikeWeights, fit, keep_all, kernel_shapes, macs, outputs
 from tests.compatibility.runs import LIGHTNING_NOISE, outputs_of
-from tests.user_modules import LayersOnSelf
+from tests.user_modules import LayersOnSelf, ManualOptimization
 
 pytestmark = [pytest.mark.filterwarnings(*LIGHTNING_NOISE)]
 
@@ -137,11 +135,19 @@ def test_a_run_is_resumed_to_the_bit_and_the_ranks_travel_with_the_weights(tmp_p
     torch.testing.assert_close(outputs(compact(loaded).model), outputs(plain), rtol=0, atol=1e-5)
 
 
-def test_averaged_weights_are_of_the_rank_too(tmp_path: Path) -> None:
-    averaging = WeightAveraging(avg_fn=get_ema_avg_fn(0.9))  # type: ignore[no-untyped-call]
-    module = fit(tmp_path, Factorize(2), averaging)
+@pytest.mark.parametrize("averaging", AVERAGES)
+@pytest.mark.parametrize("comes_first", [True, False])
+def test_averaged_weights_are_of_the_rank_too(averaging: str, comes_first: bool, tmp_path: Path) -> None:
+    factors, average = Factorize(2), AVERAGES[averaging]()
+    module = fit(tmp_path, *([factors, average] if comes_first else [average, factors]), max_epochs=4)
     assert (rank(module), rank(module, "fc")) == (2, 2)
     assert list(compact(module).record) == ["conv1", "conv2", "fc"]
+
+
+def test_manual_optimization_holds_the_rank_too(tmp_path: Path) -> None:
+    watching = Watching()
+    fit(tmp_path, Factorize(2, end=8), watching, module=seeded(ManualOptimization))
+    assert watching.ranks[8:] == [2] * 8
 
 
 def test_two_processes_end_at_the_same_rank(tmp_path: Path) -> None:

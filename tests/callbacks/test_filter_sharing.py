@@ -8,10 +8,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
-from torch.optim.swa_utils import get_ema_avg_fn
 
 from lightning_compress import (
     ChannelPruning,
@@ -27,9 +25,9 @@ from lightning_compress import (
 )
 from lightning_compress.decomposition.filter_groups import Grouping, Over, consecutive_groups, spread, stacked
 from lightning_compress.errors import CompressionError
-from tests.callbacks.decomposed import IMAGES, AlikeWeights, fit, keep_all, kernel_shapes, macs, outputs
+from tests.callbacks.decomposed import AVERAGES, IMAGES, AlikeWeights, fit, keep_all, kernel_shapes, macs, outputs
 from tests.compatibility.runs import LIGHTNING_NOISE, outputs_of
-from tests.user_modules import LayersOnSelf
+from tests.user_modules import LayersOnSelf, ManualOptimization
 
 pytestmark = [pytest.mark.filterwarnings(*LIGHTNING_NOISE)]
 
@@ -157,11 +155,18 @@ def test_a_run_is_resumed_to_the_bit_and_the_groups_travel_with_the_weights(tmp_
     assert compact(loaded).record == compact(whole).record
 
 
-def test_averaged_weights_are_tied_too(tmp_path: Path) -> None:
-    averaging = WeightAveraging(avg_fn=get_ema_avg_fn(0.9))  # type: ignore[no-untyped-call]
-    module = fit(tmp_path, FilterSharing(groups="consecutive"), averaging)
+@pytest.mark.parametrize("averaging", AVERAGES)
+@pytest.mark.parametrize("comes_first", [True, False])
+def test_averaged_weights_are_tied_too(averaging: str, comes_first: bool, tmp_path: Path) -> None:
+    sharing, average = FilterSharing(groups="consecutive"), AVERAGES[averaging]()
+    module = fit(tmp_path, *([sharing, average] if comes_first else [average, sharing]), max_epochs=4)
     assert gap(module, "conv2") == gap(module, "fc") == 0.0
     assert list(compact(module).record) == ["conv2", "fc"]
+
+
+def test_manual_optimization_ties_filters_too(tmp_path: Path) -> None:
+    module = fit(tmp_path, FilterSharing(groups="consecutive"), module=ManualOptimization())
+    assert gap(module, "conv2") == 0.0
 
 
 def test_two_processes_share_the_same_filters(tmp_path: Path) -> None:
