@@ -23,6 +23,7 @@ from lightning_compress import (
     compact,
     load_compressed_state,
 )
+from lightning_compress.callbacks.averages import averaged_modules
 from lightning_compress.decomposition.low_rank import Scheme, as_matrix
 from lightning_compress.errors import CompressionError
 from tests.callbacks.decomposed import AVERAGES, IMAGES, AlikeWeights, fit, keep_all, kernel_shapes, macs, outputs
@@ -38,13 +39,15 @@ def rank(module: nn.Module, layer: str = "conv2", scheme: Scheme = "channel") ->
 
 
 class Watching(L.Callback):
-    """Notes the rank of `conv2` after each step."""
+    """Notes the rank of `conv2` after each step, of the module and of averages of it."""
 
     def __init__(self) -> None:
         self.ranks: list[int] = []
+        self.of_averages: list[int] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         self.ranks.append(rank(pl_module))
+        self.of_averages += [rank(average) for average in averaged_modules(trainer)]
 
 
 def test_the_rank_falls_on_the_schedule_and_is_held_at_every_step(tmp_path: Path) -> None:
@@ -139,7 +142,9 @@ def test_a_run_is_resumed_to_the_bit_and_the_ranks_travel_with_the_weights(tmp_p
 @pytest.mark.parametrize("comes_first", [True, False])
 def test_averaged_weights_are_of_the_rank_too(averaging: str, comes_first: bool, tmp_path: Path) -> None:
     factors, average = Factorize(2), AVERAGES[averaging]()
-    module = fit(tmp_path, *([factors, average] if comes_first else [average, factors]), max_epochs=4)
+    watching = Watching()
+    module = fit(tmp_path, *([factors, average] if comes_first else [average, factors]), watching, max_epochs=4)
+    assert max(watching.of_averages[-8:]) == 2
     assert (rank(module), rank(module, "fc")) == (2, 2)
     assert list(compact(module).record) == ["conv1", "conv2", "fc"]
 
