@@ -127,6 +127,19 @@ class Factorize(DecomposingCompressor):
                 )
         super().on_train_start(trainer, pl_module)
 
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # `WeightAveraging` that comes after this callback has moved its average once more: two weights of a rank have
+        # a mean of twice that rank.
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._apply_to_averages(trainer)
+        super().on_validation_start(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._apply_to_averages(trainer)
+        super().on_train_epoch_end(trainer, pl_module)
+
     @property
     @override
     def _its_state(self) -> FactorState:
@@ -176,6 +189,9 @@ class Factorize(DecomposingCompressor):
     @override
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *optimizers: Optimizer) -> None:
         self._state.retract_(self._weights(pl_module))
+        self._apply_to_averages(trainer)
+
+    def _apply_to_averages(self, trainer: pl.Trainer) -> None:
         for average in averaged_modules(trainer):
             self._state.retract_average_(self._weights(average))
 

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
@@ -23,7 +24,6 @@ from lightning_compress import (
     compact,
     load_compressed_state,
 )
-from lightning_compress.callbacks.averages import averaged_modules
 from lightning_compress.decomposition.low_rank import Scheme, as_matrix
 from lightning_compress.errors import CompressionError
 from tests.callbacks.decomposed import AVERAGES, IMAGES, AlikeWeights, fit, keep_all, kernel_shapes, macs, outputs
@@ -39,15 +39,13 @@ def rank(module: nn.Module, layer: str = "conv2", scheme: Scheme = "channel") ->
 
 
 class Watching(L.Callback):
-    """Notes the rank of `conv2` after each step, of the module and of averages of it."""
+    """Notes the rank of `conv2` after each step."""
 
     def __init__(self) -> None:
         self.ranks: list[int] = []
-        self.of_averages: list[int] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         self.ranks.append(rank(pl_module))
-        self.of_averages += [rank(average) for average in averaged_modules(trainer)]
 
 
 def test_the_rank_falls_on_the_schedule_and_is_held_at_every_step(tmp_path: Path) -> None:
@@ -138,13 +136,17 @@ def test_a_run_is_resumed_to_the_bit_and_the_ranks_travel_with_the_weights(tmp_p
     torch.testing.assert_close(outputs(compact(loaded).model), outputs(plain), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("averaging", AVERAGES)
-@pytest.mark.parametrize("comes_first", [True, False])
+@pytest.mark.parametrize(
+    ("averaging", "comes_first"),
+    [("WeightAveraging", True), ("WeightAveraging", False), ("StochasticWeightAveraging", True)],
+)
 def test_averaged_weights_are_of_the_rank_too(averaging: str, comes_first: bool, tmp_path: Path) -> None:
     factors, average = Factorize(2), AVERAGES[averaging]()
-    watching = Watching()
-    module = fit(tmp_path, *([factors, average] if comes_first else [average, factors]), watching, max_epochs=4)
-    assert max(watching.of_averages[-8:]) == 2
+    best = ModelCheckpoint(tmp_path / "kept", monitor="val_loss")
+    export = OnnxExport(tmp_path / "model.onnx", weights="best", latency=False)
+    ordered = [factors, average] if comes_first else [average, factors]
+    module = fit(tmp_path, *ordered, best, export, max_epochs=4, enable_checkpointing=True)
+    assert (2, 8, 3, 3) in kernel_shapes(tmp_path / "model.onnx")
     assert (rank(module), rank(module, "fc")) == (2, 2)
     assert list(compact(module).record) == ["conv1", "conv2", "fc"]
 
