@@ -130,6 +130,16 @@ def compact_record(model: nn.Module) -> CompactRecord:
     return found
 
 
+def lost_layers(model: nn.Module) -> list[str]:
+    """Return the layers that had reached their form and have lost it, as where a model was trained on without it.
+
+    Example:
+        >>> lost_layers(nn.Linear(2, 2))
+        []
+    """
+    return [layer for state in _states(model) if state.complete for layer in state.broken(_weights(model))]
+
+
 def check_compacted(whole: nn.Module, small: nn.Module, record: CompactRecord, calls: Calls) -> float:
     """Check that a network with small layers computes what it computed with those that they stand for.
 
@@ -194,10 +204,9 @@ def _why_none(model: nn.Module) -> str:
             f"{name} has no shared and no factorised layers: it is no LightningModule that was trained with "
             "`FilterSharing` or `Factorize`. `compact_like(model, record)` takes the record of one that was."
         )
-    broken = [layer for state in states if state.complete for layer in state.broken(_weights(model))]
-    if broken:
+    if lost := lost_layers(model):
         return (
-            f"The layers {', '.join(f'`{layer}`' for layer in broken[:3])} of {name} are no longer shared or of a low "
+            f"The layers {', '.join(f'`{layer}`' for layer in lost[:3])} of {name} are no longer shared or of a low "
             "rank: it was trained on without `FilterSharing` or `Factorize`. Fit it with the callback again."
         )
     return (

@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_compress.callbacks.channel_pruning import STATE_KEY as CHANNELS_KEY
 from lightning_compress.callbacks.checkpoint import attached_state
 from lightning_compress.callbacks.clock import completed_steps
-from lightning_compress.callbacks.compacting import check_compacted, compact, compact_record
+from lightning_compress.callbacks.compacting import check_compacted, compact, compact_record, lost_layers
 from lightning_compress.callbacks.complete_weights import Weights, chosen_weights
 from lightning_compress.callbacks.compressor import Exporter, ended_early, has_begun, is_complete
 from lightning_compress.callbacks.export_paths import (
@@ -357,6 +357,10 @@ class OnnxExport(Exporter):
         below = f"{self._called}." if self._called else ""
         record = {name: found for name, found in compact_record(chosen).items() if name.startswith(below)}
         if not record:
+            if lost := lost_layers(chosen):
+                self._notes.append(
+                    f"{len(lost)} layers are no longer shared or of a low rank, and have their full shape"
+                )
             return network
         if quantization_of(chosen) is not None:
             self._notes.append(

@@ -227,8 +227,10 @@ def test_a_run_that_ends_early_tells_how_far_it_came(tmp_path: Path) -> None:
 
 def test_a_second_fit_without_the_callback_unties_them(tmp_path: Path) -> None:
     module = fit(tmp_path, FilterSharing(2))
-    fit(tmp_path, OnnxExport(tmp_path / "model.onnx", latency=False), module=module)
+    fit(tmp_path, export := OnnxExport(tmp_path / "model.onnx", latency=False), module=module)
     assert (8, 8, 3, 3) in kernel_shapes(tmp_path / "model.onnx")
+    assert export.report is not None
+    assert "2 layers are no longer shared or of a low rank, and have their full shape" in export.report.notes
     with pytest.raises(
         CompressionError,
         match=r"^The layers `conv2`, `fc` of `LayersOnSelf` are no longer shared or of a low rank: it was trained on "
