@@ -67,10 +67,11 @@ class OnnxExport(Exporter):
     """Write the trained network to an ONNX file when the fit ends, prove it in ONNX Runtime, measure it, report it.
 
     The file is written from a deep copy, on rank 0; the live module still trains, tests and saves. Masked channels are
-    left out, and small layers stand for shared and factorised ones, see `shrink` and `compact`. A quantized network becomes standard QuantizeLinear/DequantizeLinear with int8 weights, any other a float file. It is then
-    compared with the network on real validation batches, and read back from ONNX Runtime's own optimized graph to
-    tell what runs in integers. A failure of any of this is an error at the end of the fit; the file stays, and the
-    trained weights are saved next to it as ``<name>.onnx.ckpt`` first.
+    left out, and small layers stand for shared and factorised ones, see `shrink` and `compact`. A quantized network
+    becomes standard QuantizeLinear/DequantizeLinear with int8 weights, any other a float file. It is then compared with
+    the network on real validation batches, and read back from ONNX Runtime's own optimized graph to tell what runs in
+    integers. A failure of any of this is an error at the end of the fit; the file stays, and the trained weights are
+    saved next to it as ``<name>.onnx.ckpt`` first.
 
     Where the fit ends before the full compression, as by `EarlyStopping` or ``max_time``, the file at ``path`` is left
     as it is: the network is written next to it, to ``<stem>.incomplete.onnx``, and a warning tells what is missing.
