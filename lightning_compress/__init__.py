@@ -3,7 +3,10 @@
 from lightning_compress.callbacks.archive import Archive
 from lightning_compress.callbacks.channel_pruning import ChannelPruning
 from lightning_compress.callbacks.clustering import WeightClustering
+from lightning_compress.callbacks.compacting import Compacted, compact, compact_like
 from lightning_compress.callbacks.distillation import KnowledgeDistillation
+from lightning_compress.callbacks.factorize import Factorize
+from lightning_compress.callbacks.filter_sharing import FilterSharing
 from lightning_compress.callbacks.loading import load_compressed_state
 from lightning_compress.callbacks.onnx_export import OnnxExport
 from lightning_compress.callbacks.pruning import MagnitudePruning
@@ -42,11 +45,14 @@ __all__ = [
     "ArchiveSize",
     "AttentionTransfer",
     "ChannelPruning",
+    "Compacted",
     "ContrastiveDistillation",
     "CorrelationDistillation",
     "DecoupledDistillation",
     "ExportResult",
+    "Factorize",
     "FeatureDistillation",
+    "FilterSharing",
     "IndexedDataset",
     "KnowledgeDistillation",
     "LogitDistillation",
@@ -64,6 +70,8 @@ __all__ = [
     "TeacherCache",
     "WeightClustering",
     "collate_indexed",
+    "compact",
+    "compact_like",
     "export_onnx",
     "load_compressed",
     "load_compressed_state",

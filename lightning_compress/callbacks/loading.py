@@ -12,9 +12,12 @@ from torch import nn
 
 from lightning_compress.callbacks.channel_pruning import STATE_KEY as CHANNELS_KEY
 from lightning_compress.callbacks.checkpoint import COMPRESSION_KEY, attach_state, detach_states
+from lightning_compress.callbacks.factorize import STATE_KEY as FACTORS_KEY
+from lightning_compress.callbacks.filter_sharing import STATE_KEY as SHARING_KEY
 from lightning_compress.callbacks.pruning import STATE_KEY as PRUNING_KEY
 from lightning_compress.callbacks.quantization import STATE_KEY as QUANTIZATION_KEY
 from lightning_compress.callbacks.quantization import QuantizationSlot
+from lightning_compress.decomposition import FactorState, SharingState
 from lightning_compress.errors import CompressionError
 from lightning_compress.pruning.channels.state import ChannelState
 from lightning_compress.pruning.state import PruningState
@@ -45,19 +48,21 @@ def load_compressed_state(model: ModelT, checkpoint: str | os.PathLike[str] | Ma
         >>> load_compressed_state(BoringModel(), {"state_dict": BoringModel().state_dict()})
         Traceback (most recent call last):
             ...
-        lightning_compress.errors.CompressionError: The checkpoint holds no masks and no ranges: it was written without
-        `MagnitudePruning`, `ChannelPruning` and `QuantizationAwareTraining`. Load it
-        as ever, with `load_from_checkpoint`.
+        lightning_compress.errors.CompressionError: The checkpoint holds no masks, no ranges, no groups and no ranks: it
+        was written without `MagnitudePruning`, `ChannelPruning`, `QuantizationAwareTraining`, `FilterSharing` and
+        `Factorize`. Load it as ever, with `load_from_checkpoint`.
     """
     content = checkpoint
     if isinstance(content, str | os.PathLike):
         content = cast(Mapping[str, Any], torch.load(content, map_location="cpu", weights_only=True))
     states = content.get(COMPRESSION_KEY, {})
     pruning, channels, quantization = PruningState(), ChannelState(), QuantizationSlot()
-    if not any(states.get(key) for key in (PRUNING_KEY, CHANNELS_KEY, QUANTIZATION_KEY)):
+    decompositions: dict[str, SharingState | FactorState] = {SHARING_KEY: SharingState(), FACTORS_KEY: FactorState()}
+    if not any(states.get(key) for key in (PRUNING_KEY, CHANNELS_KEY, QUANTIZATION_KEY, *decompositions)):
         raise CompressionError(
-            "The checkpoint holds no masks and no ranges: it was written without `MagnitudePruning`, `ChannelPruning` "
-            "and `QuantizationAwareTraining`. Load it as ever, with `load_from_checkpoint`."
+            "The checkpoint holds no masks, no ranges, no groups and no ranks: it was written without "
+            "`MagnitudePruning`, `ChannelPruning`, `QuantizationAwareTraining`, `FilterSharing` and `Factorize`. Load "
+            "it as ever, with `load_from_checkpoint`."
         )
     strip(model)
     if isinstance(model, pl.LightningModule):
@@ -74,6 +79,10 @@ def load_compressed_state(model: ModelT, checkpoint: str | os.PathLike[str] | Ma
         channels.load(states[CHANNELS_KEY])
         if not channels.is_obeyed(model):
             channels.clear()
+    for key, state in decompositions.items():
+        state.load(states.get(key, {}))
+        if not state.is_obeyed({name: model.get_parameter(f"{name}.weight") for name in state.record()}):
+            state.clear()
     if states.get(QUANTIZATION_KEY):
         saved = states[QUANTIZATION_KEY]
         quantization.module = saved["module"]
@@ -83,6 +92,8 @@ def load_compressed_state(model: ModelT, checkpoint: str | os.PathLike[str] | Ma
         attach_state(model, PRUNING_KEY, pruning.save, pruning.load)
         attach_state(model, CHANNELS_KEY, channels.save, channels.load)
         attach_state(model, QUANTIZATION_KEY, quantization.save, quantization.load)
+        for key, state in decompositions.items():
+            attach_state(model, key, state.save, state.load)
     return model
 
 

@@ -20,6 +20,7 @@ from lightning_compress.callbacks.archive import Archive
 from lightning_compress.callbacks.channel_pruning import STATE_KEY as CHANNELS_KEY
 from lightning_compress.callbacks.checkpoint import attached_state
 from lightning_compress.callbacks.clock import completed_steps
+from lightning_compress.callbacks.compacting import check_compacted, compact, compact_record, lost_layers
 from lightning_compress.callbacks.complete_weights import Weights, chosen_weights
 from lightning_compress.callbacks.compressor import Exporter, ended_early, has_begun, is_complete
 from lightning_compress.callbacks.export_paths import (
@@ -67,11 +68,12 @@ VERIFY_SAMPLES = 256
 class OnnxExport(Exporter):
     """Write the trained network to an ONNX file when the fit ends, prove it in ONNX Runtime, measure it, report it.
 
-    The file is written from a deep copy, on rank 0; the live module still trains, tests and saves. A quantized
-    network becomes standard QuantizeLinear/DequantizeLinear with int8 weights, any other a float file. It is then
-    compared with the network on real validation batches, and read back from ONNX Runtime's own optimized graph to
-    tell what runs in integers. A failure of any of this is an error at the end of the fit; the file stays, and the
-    trained weights are saved next to it as ``<name>.onnx.ckpt`` first.
+    The file is written from a deep copy, on rank 0; the live module still trains, tests and saves. Masked channels are
+    left out, and small layers stand for shared and factorised ones, see `shrink` and `compact`. A quantized network
+    becomes standard QuantizeLinear/DequantizeLinear with int8 weights, any other a float file. It is then compared with
+    the network on real validation batches, and read back from ONNX Runtime's own optimized graph to tell what runs in
+    integers. A failure of any of this is an error at the end of the fit; the file stays, and the trained weights are
+    saved next to it as ``<name>.onnx.ckpt`` first.
 
     Where the fit ends before the full compression, as by `EarlyStopping` or ``max_time``, the file at ``path`` is left
     as it is: the network is written next to it, to ``<stem>.incomplete.onnx``, and a warning tells what is missing.
@@ -324,7 +326,7 @@ class OnnxExport(Exporter):
             progress.tell("choosing the weights")
             chosen = chosen_weights(trainer, pl_module, self.weights, "OnnxExport")
             calls = _at_most(self._calls, VERIFY_SAMPLES)
-            network = self._shrunk(chosen, calls, progress)
+            network = self._small(chosen, calls, progress)
             try:
                 self.result = export_onnx(network, calls[0], self._target, verify_inputs=calls, progress=progress.tell)
             except UnexportableError as error:
@@ -343,12 +345,12 @@ class OnnxExport(Exporter):
             self._plot(picture_path)
         print(f"\n{self.report.to_text()}")
 
-    def _shrunk(self, chosen: pl.LightningModule, calls: Sequence[CallArguments], progress: ProgressLine) -> nn.Module:
-        """Return the network to export: without the channels that are masked, where there are any."""
+    def _small(self, chosen: pl.LightningModule, calls: Sequence[CallArguments], progress: ProgressLine) -> nn.Module:
+        """Return the network to export: without masked channels, with small layers for shared and factorised ones."""
         network = chosen.get_submodule(self._called)
         channels = attached_state(chosen, CHANNELS_KEY, ChannelState)
         if channels is None or not channels.has_removed:
-            return network
+            return self._compacted(chosen, network, calls, progress)
         progress.tell("removing the masked channels")
         small = shrink(chosen).model
         shrunk = small.get_submodule(self._called)
@@ -356,6 +358,29 @@ class OnnxExport(Exporter):
             pairs = [(call.args, call.kwargs) for call in calls]
             check_shrunk(network, shrunk, channels.groups, channels.kept, pairs)
         return shrunk
+
+    def _compacted(
+        self, chosen: pl.LightningModule, network: nn.Module, calls: Sequence[CallArguments], progress: ProgressLine
+    ) -> nn.Module:
+        below = f"{self._called}." if self._called else ""
+        record = {name: found for name, found in compact_record(chosen).items() if name.startswith(below)}
+        if not record:
+            if lost := lost_layers(chosen):
+                self._notes.append(
+                    f"{len(lost)} layers are no longer shared or of a low rank, and have their full shape"
+                )
+            return network
+        if quantization_of(chosen) is not None:
+            self._notes.append(
+                "filters are shared, and the layers have their full shape, as the network is quantized: for small "
+                "layers in integers quantize `compact(model)` in a second fit"
+            )
+            return network
+        progress.tell("putting small layers for shared and factorised ones")
+        small = compact(chosen).model.get_submodule(self._called)
+        own = {name.removeprefix(below): found for name, found in record.items()}
+        check_compacted(network, small, own, [(call.args, call.kwargs) for call in calls])
+        return small
 
     def _collect_by_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the user's validation for inputs and metric: a run that had ended before it was resumed makes no step.
@@ -406,9 +431,13 @@ class OnnxExport(Exporter):
         notes = [*self._notes, *self.result.notes]
         if whole is not network:
             before = model_statistics(strip(copy_of(whole)), example.args, example.kwargs)
+            is_compact = compact_record(chosen) != {}
+            done, fp32 = (
+                ("small layers", "the layers of full shape") if is_compact else ("channels removed", "all channels")
+            )
             notes.append(
-                f"channels removed: {statistics.macs / before.macs:.1%} of the multiply-accumulates and "
-                f"{statistics.parameters / before.parameters:.1%} of the parameters remain; fp32 is with all channels"
+                f"{done}: {statistics.macs / before.macs:.1%} of the multiply-accumulates and "
+                f"{statistics.parameters / before.parameters:.1%} of the parameters remain; fp32 is with {fp32}"
             )
         return RunReport(
             model=type(network).__name__,

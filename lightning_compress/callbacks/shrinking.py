@@ -148,8 +148,8 @@ def check_shrunk(
         0.0
     """
     # One network at a time: the largest fit into memory in float64 once, and not twice.
-    dtype, expected = _expected(masked, calls)
-    worst = _difference(expected, shrunk, calls, dtype)
+    dtype, expected = expected_outputs(masked, calls)
+    worst = largest_difference(expected, shrunk, calls, dtype)
     if worst <= TOLERANCE:
         return worst
     broken = []
@@ -157,7 +157,7 @@ def check_shrunk(
         alone = [mask if index == number else torch.ones_like(mask) for index, mask in enumerate(kept)]
         narrowed = strip(copy_of(masked))
         narrow_(narrowed, record_of(masked, groups, alone))
-        if _difference(expected, narrowed, calls, dtype) > TOLERANCE:
+        if largest_difference(expected, narrowed, calls, dtype) > TOLERANCE:
             broken.append(group.name)
     names = ", ".join(f"`{name}`" for name in broken) or "several together"
     raise CompressionError(
@@ -166,7 +166,7 @@ def check_shrunk(
     )
 
 
-def _expected(masked: nn.Module, calls: Calls) -> tuple[torch.dtype, list[list[Tensor]]]:
+def expected_outputs(masked: nn.Module, calls: Calls) -> tuple[torch.dtype, list[list[Tensor]]]:
     """Return the outputs of the masked network in float64, or in the precision that it can compute in."""
     try:
         return torch.float64, _outputs(masked, calls, torch.float64)
@@ -174,15 +174,16 @@ def _expected(masked: nn.Module, calls: Calls) -> tuple[torch.dtype, list[list[T
         return torch.float32, _outputs(masked, calls, torch.float32)
 
 
-def _difference(expected: list[list[Tensor]], shrunk: nn.Module, calls: Calls, dtype: torch.dtype) -> float:
+def largest_difference(expected: list[list[Tensor]], shrunk: nn.Module, calls: Calls, dtype: torch.dtype) -> float:
+    """Return the largest difference of a network's outputs from expected ones, relative to the largest of them."""
     try:
         found = _outputs(shrunk, calls, dtype)
     except RuntimeError:  # shapes that do not fit
         return float("inf")
-    return max(_largest_difference(*outputs) for outputs in zip(expected, found, strict=True))
+    return max(_difference_of(*outputs) for outputs in zip(expected, found, strict=True))
 
 
-def _largest_difference(expected: list[Tensor], found: list[Tensor]) -> float:
+def _difference_of(expected: list[Tensor], found: list[Tensor]) -> float:
     if not expected or [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
         return float("inf")
     return max(

@@ -19,6 +19,7 @@ from examples import cli
 from lightning_compress import (
     Annealing,
     Archive,
+    Factorize,
     FeatureDistillation,
     KnowledgeDistillation,
     LogitDistillation,
@@ -150,17 +151,26 @@ def test_losses_and_teachers_are_given_in_yaml(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_recipes_are_those_of_the_readme() -> None:
-    assert RECIPES == ["all", "binary", "distill", "frequencies", "prune", "quantize", "store"]
+    assert RECIPES == ["all", "binary", "distill", "factorize", "frequencies", "prune", "quantize", "store"]
 
 
 @works("LightningCLI", "`--print_config=comments`", "tells what every argument means")
 @pytest.mark.parametrize(
-    "kind", [KnowledgeDistillation, MagnitudePruning, QuantizationAwareTraining, WeightClustering, OnnxExport, Archive]
+    "kind",
+    [
+        KnowledgeDistillation,
+        MagnitudePruning,
+        QuantizationAwareTraining,
+        WeightClustering,
+        Factorize,
+        OnnxExport,
+        Archive,
+    ],
 )
 def test_the_printed_configuration_explains_every_argument(
     kind: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = "store.yaml" if kind in (WeightClustering, Archive) else "all.yaml"
+    recipe = {WeightClustering: "store.yaml", Archive: "store.yaml", Factorize: "factorize.yaml"}.get(kind, "all.yaml")
     with pytest.raises(SystemExit) as caught:
         run(monkeypatch, "fit", "-c", str(ROOT / "examples" / "recipes" / recipe), "--print_config=comments")
     assert caught.value.code == 0
@@ -187,6 +197,20 @@ def test_whole_numbers_in_yaml_stay_optimizer_steps(
     found = next(item for item in printed["trainer"]["callbacks"] if item["class_path"].endswith("MagnitudePruning"))
     assert (found["init_args"]["start"], found["init_args"]["end"]) == (2, 20)
     assert isinstance(found["init_args"]["start"], int)
+
+
+def test_ranks_in_yaml_stay_numbers_or_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = small("factorize", tmp_path)
+    config = yaml.safe_load(path.read_text())
+    factors = next(item for item in config["trainer"]["callbacks"] if item["class_path"].endswith("Factorize"))
+    factors["init_args"].update(rank=8, overrides={"network.blocks.1": 0.5, "network.blocks.2": 4})
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    seen: list[Factorize] = []
+    monkeypatch.setattr(Factorize, "on_fit_end", lambda self, *_: seen.append(self), raising=False)
+    run(monkeypatch, "fit", "-c", str(path), "--trainer.fast_dev_run=true")
+    ranks = {name.removeprefix("network.blocks."): rank for name, (_, rank) in seen[0].ranks.items()}
+    assert (ranks["0.conv1"], ranks["1.conv1"], ranks["2.conv1"]) == (8, 16, 4)
 
 
 def test_a_trained_teacher_is_read_again(tmp_path: Path) -> None:
