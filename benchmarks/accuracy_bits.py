@@ -8,7 +8,7 @@ convolution, classifier and the model's input keep 8 bits.
 
 Run it in pieces with ``--depths``, ``--jobs`` and ``--seeds``: what is in ``benchmarks/out`` is not measured again.
 ``--ranges`` compares ways to find the scales; ``--images`` shortens the epoch for that. With ``--checkpoint`` all seeds
-fine-tune one float checkpoint. ``--self-taught`` adds each job with the network as it was before as its teacher;
+fine-tune one float checkpoint. ``--self-taught`` adds each job with the network as it was before as its teacher, beside the labels and alone;
 ``--few N EPOCHS FINE_TUNE_EPOCHS`` does all of it on N images, with so many epochs in float and after.
 ``--transforms`` compares ways to write weights: as they are, or in the frequencies of their kernels, with as many bits
 for each or with bits where they tell; and the classic linear quantizer of so many levels over [min, max] of a layer.
@@ -62,6 +62,8 @@ RANGES: dict[str, RangeMethod | None] = {
     "learned": "learned",
 }
 
+TEACHINGS = ("", "taught by itself", "taught by itself alone")
+
 
 def main() -> None:
     """Measure what is missing and print the tables."""
@@ -75,8 +77,8 @@ def main() -> None:
             start = seed if options.checkpoint is None else options.checkpoint
             name = "fp32, 4 epochs" if few is None else f"fp32, {few.float_epochs} epochs, {few.n_images} images"
             records.get(partial(_float, images, depth, start, few), job=name, depth=depth, seed=start)
-            teachings = (False, True) if options.self_taught else (False,)
-            for job, ranges, transform, is_taught in product(
+            teachings = TEACHINGS if options.self_taught else TEACHINGS[:1]
+            for job, ranges, transform, teaching in product(
                 options.jobs, options.ranges, options.transforms, teachings
             ):
                 measure = partial(
@@ -89,14 +91,14 @@ def main() -> None:
                     RANGES[ranges],
                     transform,
                     options.images,
-                    is_taught,
+                    teaching,
                     few,
                 )
                 name = job + (f" {ranges}" if RANGES[ranges] else "")
                 name += f" {transform}" if transform != "plain" else ""
                 name += f", {options.images} images" if options.images else ""
                 name += f", {few.n_images} images in all, {few.epochs} epochs" if few else ""
-                name += ", taught by itself" if is_taught else ""
+                name += f", {teaching}" if teaching else ""
                 records.get(measure, job=name, depth=depth, seed=seed)
     for depth in options.depths:
         print(f"\nResNet-{depth}, {images.name}\n\n{markdown_table(_table(records.rows, depth))}")
@@ -202,7 +204,7 @@ def _fine_tuned(
     ranges: RangeMethod | None,
     transform: str,
     n_images: int | None,
-    is_taught: bool,
+    teaching: str,
     few: Few | None,
 ) -> dict[str, Any]:
     network = student(depth)
@@ -223,8 +225,9 @@ def _fine_tuned(
             )
         )
         callbacks += [LinearLevels(weight_bits)] if transform == "levels" else []
-    if is_taught:
-        callbacks.append(KnowledgeDistillation("self", temperature=4.0, weight=0.7))
+    if teaching:
+        has_labels = teaching == TEACHINGS[1]
+        callbacks.append(KnowledgeDistillation("self", temperature=4.0, weight=0.7, task_loss=has_labels))
     # Another seed than the checkpoint's: its first epoch must not be seen a second time.
     classifier, seconds = _train(f"{job}, seed {seed}", network, part, budget, seed + 77, callbacks)
     # An archive keeps integers or coefficients, and has no form for levels.
