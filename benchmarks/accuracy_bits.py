@@ -8,8 +8,9 @@ convolution, classifier and the model's input keep 8 bits.
 
 Run it in pieces with ``--depths``, ``--jobs`` and ``--seeds``: what is in ``benchmarks/out`` is not measured again.
 ``--ranges`` compares ways to find the scales; ``--images`` shortens the epoch for that. With ``--checkpoint`` all seeds
-fine-tune one float checkpoint. ``--self-taught`` adds each job with the network as it was before as its teacher, beside the labels and alone;
-``--few N EPOCHS FINE_TUNE_EPOCHS`` does all of it on N images, with so many epochs in float and after.
+fine-tune one float checkpoint. ``--self-taught`` adds each job with the network as it was before as its teacher, beside
+the labels and alone; ``--few N EPOCHS FINE_TUNE_EPOCHS`` does all of it on N images, with so many epochs in float and
+after.
 ``--transforms`` compares ways to write weights: as they are, or in the frequencies of their kernels, with as many bits
 for each or with bits where they tell; and the classic linear quantizer of so many levels over [min, max] of a layer.
 """
