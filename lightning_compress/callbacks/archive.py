@@ -7,15 +7,17 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_compress.callbacks.channel_pruning import STATE_KEY as CHANNELS_KEY
 from lightning_compress.callbacks.checkpoint import attached_state
+from lightning_compress.callbacks.compacting import compact, compact_record
 from lightning_compress.callbacks.complete_weights import Weights, chosen_weights
 from lightning_compress.callbacks.compressor import Exporter, ended_early, is_complete
 from lightning_compress.callbacks.export_paths import (
@@ -29,6 +31,7 @@ from lightning_compress.callbacks.shrinking import shrink
 from lightning_compress.callbacks.trainers import check_trainer, has_late_layers
 from lightning_compress.errors import MissingExtraError
 from lightning_compress.pruning.channels.state import ChannelState
+from lightning_compress.quantization import quantization_of
 from lightning_compress.report.archived import ArchivedNetwork, ArchivedTensor
 from lightning_compress.report.run_report import as_json
 from lightning_compress.report.weights_plot import plot_weights
@@ -43,7 +46,8 @@ _LARGEST_BOOK = 256
 class Archive(Exporter):
     """Write the weights of the trained module to one small file when the fit ends, read it back, and report its size.
 
-    Pruned, clustered and quantized weights take what they hold, see `save_compressed`; masked channels are left out.
+    Pruned, clustered and quantized weights take what they hold, see `save_compressed`; masked channels are left out,
+    and small layers stand for shared and factorised ones of a network in float.
     `load_compressed(path, model)` gives a fresh module of the same class the weights that computed at the end of the
     fit. Beside the file lie ``<name>.json``, the table with every codebook, and, where matplotlib is installed,
     ``<name>.png``, a picture of bits and values; `OnnxExport` of the same run has the table in its report.
@@ -124,12 +128,14 @@ class Archive(Exporter):
 
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> None:
         chosen = chosen_weights(trainer, pl_module, self.weights, "Archive")
-        channels, module, record = attached_state(chosen, CHANNELS_KEY, ChannelState), chosen, None
+        channels = attached_state(chosen, CHANNELS_KEY, ChannelState)
+        module: nn.Module = chosen
+        records: dict[str, Any] = {}
         if channels is not None and channels.has_removed:
-            small, record = shrink(chosen)
-            assert isinstance(small, pl.LightningModule)
-            module = small
-        self.size = save_compressed(module, path, coders=self.coders, channels=record)
+            module, records["channels"] = shrink(chosen)
+        elif compact_record(chosen) and quantization_of(chosen) is None:
+            module, records["layers"] = compact(chosen)
+        self.size = save_compressed(module, path, coders=self.coders, **records)
         stored = load_compressed(path)
         self.summary = _summary(path.name, self.size, stored)
         table = json.dumps(as_json(self.summary), indent=1, allow_nan=False)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.copying import copy_of
+from lightning_compress.decomposition.compaction import compact_
+from lightning_compress.decomposition.filter_groups import OVERS
+from lightning_compress.decomposition.low_rank import SCHEMES
 from lightning_compress.errors import ArchiveError, CompressionError
 from lightning_compress.pruning.channels.narrowing import narrow_
 from lightning_compress.quantization import quantization_of
@@ -26,6 +29,9 @@ from lightning_compress.storage.tensors import FrequencyWeight, IntegerWeight, c
 CHANNELS = "lightning_compress.channels"
 """Under which name of the metadata the channels lie that a shrunk network has kept."""
 
+LAYERS = "lightning_compress.layers"
+"""Under which name of the metadata it lies what stands for the layers of a compact network."""
+
 
 def save_compressed(
     model: nn.Module | Mapping[str, Tensor],
@@ -34,6 +40,7 @@ def save_compressed(
     coders: Sequence[Coder] = ("fixed", "huffman"),
     metadata: Mapping[str, str] | None = None,
     channels: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+    layers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ArchiveSize:
     """Write the weights of a network into a small file: pruned, shared and quantized ones take what they hold.
 
@@ -50,6 +57,8 @@ def save_compressed(
             a few bytes of the entropy and needs the extra ``ans``, to be read too. The smallest is taken.
         metadata: Text to keep beside the weights.
         channels: The record that `shrink` returned for ``model``, so that `load_compressed` can narrow a fresh model.
+        layers: The record that `compact` returned for ``model``, so that `load_compressed` can make a fresh model's
+            layers as small.
 
     Returns:
         What each tensor takes after every stage.
@@ -77,6 +86,8 @@ def save_compressed(
     if channels is not None:
         record = {name: {side: list(kept) for side, kept in sides.items()} for name, sides in channels.items()}
         text[CHANNELS] = json.dumps(record)
+    if layers is not None:
+        text[LAYERS] = json.dumps({name: dict(found) for name, found in layers.items()})
     made: dict[int, Tensor] = {}  # tied weights stay one
     shipped = dict(tensors)
     for name, weight in integers.items():
@@ -91,7 +102,8 @@ def load_compressed(
 
     Args:
         path: The file.
-        model: A model to load them into; one that was shrunk is narrowed first, from a fresh one with all channels.
+        model: A model to load them into. Where a shrunk or compact one was written, give a fresh one, with all its
+            channels and layers: it is made as small first.
         largest: Bytes that the weights may take in memory; a file that says it takes more is refused at once.
 
     Returns:
@@ -114,26 +126,60 @@ def load_compressed(
         True
     """
     with ArchiveReader(path, largest) as archive:
-        narrowed = None
-        if model is not None:
-            text = archive.metadata.get(CHANNELS)
-            differing = _differing(model, archive.shapes)
-            if differing and text is not None:
-                narrowed = _checked_channels(text)
+        change_ = None
+        if model is not None and (differing := _differing(model, archive.shapes)):
+            change_ = _recorded_change(archive.metadata)
+            if LAYERS not in archive.metadata and change_ is not None:  # then names are those of a fresh model
                 differing = [name for name in differing if "of the shape" not in name]
-            if differing:
+            if change_ is None or (differing and LAYERS not in archive.metadata):
                 more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
                 raise ArchiveError(
                     f"{os.fspath(path)} holds another network than this `{type(model).__name__}`: "
                     f"{', '.join(differing[:3])}{more}."
                 )
+            _check_change(model, change_, archive.shapes, path)
         weights = dict(archive)  # all of it, before anything is changed
     if model is not None:
-        if narrowed is not None:
-            _check_narrowed(model, narrowed, weights, path)
-            narrow_(model, narrowed)
+        if change_ is not None:
+            change_(model)
         model.load_state_dict(weights)
     return weights
+
+
+def _recorded_change(metadata: Mapping[str, str]) -> Callable[[nn.Module], None] | None:
+    """Return what makes a fresh model as small as the one that was written, or None where nothing is told of it."""
+    channels = _checked_channels(metadata[CHANNELS]) if CHANNELS in metadata else None
+    layers = _checked_layers(metadata[LAYERS]) if LAYERS in metadata else None
+    if channels is None and layers is None:
+        return None
+
+    def change_(model: nn.Module) -> None:
+        narrow_(model, channels or {})
+        compact_(model, layers or {})
+
+    return change_
+
+
+def _check_change(
+    model: nn.Module,
+    change_: Callable[[nn.Module], None],
+    shapes: Mapping[str, tuple[int, ...]],
+    path: str | os.PathLike[str],
+) -> None:
+    """Check on a copy that a model takes the weights when it is made smaller."""
+    smaller = copy_of(model)
+    try:
+        change_(smaller)
+    except (CompressionError, RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+        raise ArchiveError(
+            f"{os.fspath(path)} tells of channels or layers that this `{type(model).__name__}` does not have: {error}"
+        ) from error
+    differing = _differing(smaller, shapes)
+    if differing:
+        raise ArchiveError(
+            f"{os.fspath(path)} holds another network than this `{type(model).__name__}`, which has {differing[0]} "
+            "when it is made as small."
+        )
 
 
 def _integer_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, IntegerWeight | FrequencyWeight]:
@@ -196,28 +242,6 @@ def _tied(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     return [names for names in places.values() if len(names) > 1]
 
 
-def _check_narrowed(
-    model: nn.Module,
-    record: Mapping[str, Mapping[str, Sequence[int]]],
-    weights: Mapping[str, Tensor],
-    path: str | os.PathLike[str],
-) -> None:
-    """Check on a copy that a model takes the weights when it is narrowed."""
-    narrowed = copy_of(model)
-    try:
-        narrow_(narrowed, record)
-    except (CompressionError, RuntimeError, ValueError, IndexError, AttributeError, KeyError) as error:
-        raise ArchiveError(
-            f"{os.fspath(path)} tells of channels that this `{type(model).__name__}` does not have: {error}"
-        ) from error
-    differing = _differing(narrowed, {name: tuple(tensor.shape) for name, tensor in weights.items()})
-    if differing:
-        raise ArchiveError(
-            f"{os.fspath(path)} holds another network than this `{type(model).__name__}`, which has {differing[0]} "
-            "when its channels are taken off."
-        )
-
-
 def _differing(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     own = model.state_dict()
     return [
@@ -240,3 +264,18 @@ def _checked_channels(text: str) -> dict[str, dict[str, list[int]]]:
         return found
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArchiveError(f"The record of channels of an archive cannot be read: {error}") from error
+
+
+def _checked_layers(text: str) -> dict[str, dict[str, Any]]:
+    try:
+        record = {str(name): dict(found) for name, found in json.loads(text).items()}
+        for found in record.values():
+            if "groups" in found:
+                found["groups"] = [[int(channel) for channel in group] for group in found["groups"]]
+                if found["over"] not in OVERS or not all(found["groups"]):
+                    raise ValueError("a group is empty, or over something unknown")
+            elif found["scheme"] not in SCHEMES or not isinstance(found["rank"], int) or found["rank"] < 1:
+                raise ValueError("a rank is no positive number, or its scheme is unknown")
+        return record
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise ArchiveError(f"The record of layers of an archive cannot be read: {error}") from error

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
@@ -110,11 +111,22 @@ def test_an_archive_of_the_small_module_comes_back(factorised: Any, tmp_path: Pa
     torch.testing.assert_close(outputs(again), outputs(small), rtol=0, atol=0)
 
 
-def test_an_archive_in_the_fit_holds_the_full_shape(tmp_path: Path) -> None:
-    module = fit(tmp_path, Factorize(2), Archive(tmp_path / "model.lcz"))
-    fresh = LayersOnSelf()
-    load_compressed(tmp_path / "model.lcz", fresh)
-    torch.testing.assert_close(outputs(fresh), outputs(module), rtol=0, atol=0)
+@pytest.mark.parametrize("callback", [Factorize(2), FilterSharing(2), FilterSharing(2, over="outputs")])
+def test_an_archive_in_the_fit_holds_small_layers_and_makes_those_of_a_fresh_module(
+    callback: L.Callback, tmp_path: Path
+) -> None:
+    module = fit(tmp_path, callback, Archive(tmp_path / "model.lcz"))
+    small, _ = compact(module)
+    weights = load_compressed(tmp_path / "model.lcz", fresh := LayersOnSelf())
+    torch.testing.assert_close(weights, dict(small.state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(outputs(fresh), outputs(small), rtol=0, atol=0)
+
+
+def test_an_archive_of_a_quantized_module_with_shared_filters_holds_the_full_shape(tmp_path: Path) -> None:
+    rounding = QuantizationAwareTraining(start=0.6)
+    fit(tmp_path, FilterSharing(2), rounding, Archive(tmp_path / "model.lcz"))
+    weights = load_compressed(tmp_path / "model.lcz", LayersOnSelf())
+    assert weights["conv2.weight"].shape == LayersOnSelf().conv2.weight.shape
 
 
 def weight_sum(module: Any) -> Any:

@@ -268,9 +268,9 @@ def test_forged_archives_whose_checksums_fit_are_refused(tmp_path: Path) -> None
     ("record", "message"),
     [
         ({"0": {"out": [0, 1]}}, "holds another network than this"),
-        ({"9": {"out": [0]}}, "tells of channels that this `Sequential` does not have"),
+        ({"9": {"out": [0]}}, "tells of channels or layers that this `Sequential` does not have"),
         ({"0": {"out": [-1]}}, "a channel has a negative number"),
-        ({"0.weight": {"dimx": [0]}}, "tells of channels that this `Sequential` does not have"),
+        ({"0.weight": {"dimx": [0]}}, "tells of channels or layers that this `Sequential` does not have"),
     ],
 )
 def test_a_record_of_other_channels_leaves_the_model_as_it_is(
@@ -282,6 +282,34 @@ def test_a_record_of_other_channels_leaves_the_model_as_it_is(
     with pytest.raises(ArchiveError, match=message):
         load_compressed(tmp_path / "net.lcz", fresh)
     torch.testing.assert_close(dict(fresh.state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"9": {"scheme": "channel", "rank": 1}}, "tells of channels or layers that this `Sequential` does not have"),
+        ({"0": {"scheme": "channel", "rank": 99}}, "it has channel factors of rank 99 for `0`"),
+        ({"0": {"scheme": "channel", "rank": 3}}, "holds another network than this `Sequential`"),
+        ({"0": {"scheme": "round", "rank": 1}}, "a rank is no positive number, or its scheme is unknown"),
+        ({"0": {"over": "inputs", "groups": [[]]}}, "a group is empty, or over something unknown"),
+        ({"0": {"over": "inputs", "groups": [[0, 99]]}}, "it groups 2 inputs of `0`, which has 6"),
+        ({"0": {}}, "The record of layers of an archive cannot be read: 'scheme'"),
+    ],
+)
+def test_a_record_of_other_layers_leaves_the_model_as_it_is(
+    record: dict[str, dict[str, Any]], message: str, tmp_path: Path
+) -> None:
+    small = nn.Sequential(nn.Sequential(nn.Linear(6, 2, bias=False), nn.Linear(2, 8)), nn.ReLU(), nn.Linear(8, 2))
+    save_compressed(small, tmp_path / "net.lcz", layers=record)
+    fresh = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    with pytest.raises(ArchiveError, match=message):
+        load_compressed(tmp_path / "net.lcz", fresh)
+    torch.testing.assert_close(dict(fresh.state_dict()), before, rtol=0, atol=0)
+    save_compressed(small, tmp_path / "right.lcz", layers={"0": {"scheme": "channel", "rank": 2}})
+    load_compressed(tmp_path / "right.lcz", fresh)
+    x = torch.rand(3, 6)
+    assert torch.equal(fresh(x), small(x))
 
 
 class TiedNet(nn.Module):
