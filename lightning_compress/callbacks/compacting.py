@@ -18,6 +18,7 @@ from lightning_compress.decomposition.compaction import CompactRecord, compact_
 from lightning_compress.decomposition.factor_state import FactorState
 from lightning_compress.decomposition.sharing_state import SharingState
 from lightning_compress.errors import CompressionError
+from lightning_compress.pruning.channels.proof import first_line
 from lightning_compress.quantization import quantization_of
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -47,8 +48,10 @@ def compact(model: nn.Module) -> Compacted:
     The layers are those that `FilterSharing` has tied and `Factorize` has brought to a low rank, also after a
     checkpoint was loaded with `load_compressed_state`. In the copy a ``nn.Sequential`` stands in the place of each:
     sums of input channels and one layer of fewer inputs, a layer of fewer outputs and their repetition, or two layers
-    one after the other. It is an ordinary module: it saves, loads, trains on, exports, and can be pruned or quantized
-    in a fit of its own.
+    one after the other. It is an ordinary module: it saves, loads, trains on, exports, and can be quantized, clustered
+    and pruned by magnitudes in a fit of its own; channels can be removed from factors, not from sums of channels. Hooks
+    of the user's on these layers are not on the small ones, and no code may read the layers' weights, as a penalty on
+    them in ``training_step`` would.
 
     Args:
         model: The LightningModule after the fit; it is left as it is.
@@ -166,15 +169,22 @@ def check_compacted(whole: nn.Module, small: nn.Module, record: CompactRecord, c
     tolerance = FACTOR_TOLERANCE if any("rank" in found for found in record.values()) else SHARED_TOLERANCE
     dtype, expected = expected_outputs(whole, calls)
 
+    failures: list[Exception] = []
+
     def difference(other: nn.Module) -> float:
         try:
             return largest_difference(expected, other, calls, dtype)
-        except (AttributeError, TypeError):  # a forward that reads the layer's weight
+        except (AttributeError, TypeError) as error:  # a forward that reads the layer's weight
+            failures.append(error)
             return float("inf")
 
     worst = difference(small)
     if worst <= tolerance:
         return worst
+    what = f"the largest difference is {worst:.2g} of the largest output"
+    if failures:
+        what = f"its forward fails ({first_line(failures[0]).rstrip('.')})"
+    cause = failures[0] if failures else None
     broken = []
     for name, found in record.items():
         alone = strip(copy_of(whole))
@@ -183,10 +193,9 @@ def check_compacted(whole: nn.Module, small: nn.Module, record: CompactRecord, c
             broken.append(name)
     names = ", ".join(f"`{name}`" for name in broken) or "several together"
     raise CompressionError(
-        f"With small layers the network computes something else: the largest difference is {worst:.2g} of the largest "
-        f"output. The layers that break it: {names}. Leave them out with `exclude=[...]` of `FilterSharing` or "
-        "`Factorize`."
-    )
+        f"With small layers the network computes something else: {what}. The layers that break it: {names}. Leave "
+        "them out with `exclude=[...]` of `FilterSharing` or `Factorize`."
+    ) from cause
 
 
 def _states(model: nn.Module) -> list[SharingState | FactorState]:
@@ -201,13 +210,15 @@ def _why_none(model: nn.Module) -> str:
     states = _states(model)
     if not states:
         return (
-            f"{name} has no shared and no factorised layers: it is no LightningModule that was trained with "
-            "`FilterSharing` or `Factorize`. `compact_like(model, record)` takes the record of one that was."
+            f"Nothing is known of shared or factorised layers of {name}: it is no LightningModule that was trained "
+            "with `FilterSharing` or `Factorize` in this process, or it was stripped since. Load a checkpoint with "
+            "`load_compressed_state`; `compact_like(model, record)` takes the record of one that was."
         )
     if lost := lost_layers(model):
         return (
             f"The layers {', '.join(f'`{layer}`' for layer in lost[:3])} of {name} are no longer shared or of a low "
-            "rank: it was trained on without `FilterSharing` or `Factorize`. Fit it with the callback again."
+            "rank: they were replaced, trained on without `FilterSharing` or `Factorize`, or have become NaN. Fit with "
+            "the callback again, from finite weights."
         )
     return (
         f"The layers of {name} are not yet what small ones could stand for: the fit ended before the `end` of "

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
@@ -16,7 +17,7 @@ from lightning_compress.callbacks.clustering import WeightClustering
 from lightning_compress.callbacks.compressor import Compressor
 from lightning_compress.callbacks.gradual import GradualCompressor
 from lightning_compress.callbacks.pruning import MagnitudePruning
-from lightning_compress.callbacks.trainers import has_late_layers
+from lightning_compress.callbacks.trainers import brings_back_weights_alone, has_late_layers
 from lightning_compress.errors import CompressionError
 from lightning_compress.selection import match_names
 from lightning_compress.settings import plain
@@ -80,6 +81,11 @@ class DecomposingCompressor(GradualCompressor):
     def _take_state(self, pl_module: pl.LightningModule) -> None:
         """Take the state that a module carries, or a new one."""
 
+    @property
+    @abstractmethod
+    def _chosen_layers(self) -> Sequence[str]:
+        """The names of the layers that are decomposed."""
+
     @abstractmethod
     def _select_layers(self, pl_module: pl.LightningModule) -> None:
         """Decide which layers are decomposed."""
@@ -119,6 +125,22 @@ class DecomposingCompressor(GradualCompressor):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._select_layers(pl_module)
         super().on_fit_start(trainer, pl_module)
+        frozen = [name for name in self._chosen_layers if not pl_module.get_parameter(f"{name}.weight").requires_grad]
+        if frozen:
+            rank_zero_warn(
+                f"`{type(self).__name__}` changes frozen layers, which no gradient can repair: "
+                f"{', '.join(f'`{name}`' for name in frozen[:5])}. Leave them out with `exclude`, or unfreeze them."
+            )
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        if brings_back_weights_alone(trainer):
+            rank_zero_warn(
+                f"Processes that are spawned end with the fit and bring back the weights alone, not what "
+                f"`{type(self).__name__}` knows of them. Load a checkpoint with `load_compressed_state(model, path)` "
+                'before `compact`, or use `strategy="ddp"`.'
+            )
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

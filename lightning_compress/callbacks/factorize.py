@@ -39,10 +39,11 @@ class Factorize(DecomposingCompressor):
     (Jaderberg et al. 2014, arXiv:1405.3866). `compact` makes these layers on a copy, and `OnnxExport` writes them.
 
     The parameters stay plain leaf parameters under their own names and shapes. The ranks travel in every checkpoint.
-    Layers whose factors would cost no fewer multiply-accumulates stay as they are, and so do those of fewer than 16
-    channels where a share is asked for, as a first layer or one of ten classes, grouped and transposed convolutions and
-    shared weights; `left_alone` tells which and why. Weights must be float32, as of
-    ``precision="bf16-mixed"``: rounded to bfloat16 they are of full rank again.
+    Layers whose factors would cost no fewer multiply-accumulates stay as they are (counted at each position of the
+    output, with an input as wide as stride times output), and so do those of fewer than 16 channels where a share is
+    asked for, as a first layer of grey images or one of ten classes, grouped and transposed convolutions and shared
+    weights; `left_alone` tells which and why. Frozen layers are factorised too, unless they are excluded. Weights must
+    be float32, as of ``precision="bf16-mixed"``: rounded to bfloat16 they are of full rank again.
 
     Args:
         rank: Channels between the factors: a share of the layer's output channels, or of what each of them reads
@@ -145,6 +146,11 @@ class Factorize(DecomposingCompressor):
     def _its_state(self) -> FactorState:
         return self._state
 
+    @property
+    @override
+    def _chosen_layers(self) -> list[str]:
+        return list(self._targets)
+
     @override
     def _take_state(self, pl_module: pl.LightningModule) -> None:
         self._state = kept_state(pl_module, STATE_KEY, FactorState)
@@ -212,6 +218,12 @@ class Factorize(DecomposingCompressor):
         names = [*layers, *self._left_alone]
         wanted = set(names) if self.layers is None else match_names(names, self.layers, "layers")
         ranks = self._overridden(names, self.rank, self.overrides)
+        for pattern in self.overrides:
+            if not match_names(names, [pattern], "overrides") & wanted:
+                raise ValueError(
+                    f"`overrides` names {pattern!r}, and `layers` leaves all of it as it is. Add it to `layers`, or "
+                    "take it out of `overrides`."
+                )
         self._schemes = {name: scheme_of(layer, self.scheme) for name, layer in layers.items() if name in wanted}
         self._targets, self._full = {}, {}
         for name, scheme in self._schemes.items():

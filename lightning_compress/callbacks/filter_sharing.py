@@ -51,7 +51,8 @@ class FilterSharing(DecomposingCompressor):
     file has layers of the full shape: sums of rounded inputs lie on another grid. Quantize the small module in a
     second fit where it shall be small and in integers. Which layers keep their filters to themselves, and why, is told
     by `left_alone`: grouped and transposed convolutions, shared weights, layers of fewer than two groups, and over
-    outputs the last layer.
+    outputs the last layer of the module and of each network in it, in the order in which they were made. Where other
+    layers make what the network returns, `exclude` them. Frozen layers are shared too, unless they are excluded.
 
     Args:
         size: Channels of a group, R; the last group of a layer may be smaller.
@@ -144,6 +145,11 @@ class FilterSharing(DecomposingCompressor):
     def _its_state(self) -> SharingState:
         return self._state
 
+    @property
+    @override
+    def _chosen_layers(self) -> list[str]:
+        return list(self._sizes)
+
     @override
     def _take_state(self, pl_module: pl.LightningModule) -> None:
         self._state = kept_state(pl_module, STATE_KEY, SharingState)
@@ -197,9 +203,9 @@ class FilterSharing(DecomposingCompressor):
     def _select_layers(self, pl_module: pl.LightningModule) -> None:
         layers, self._left_alone = candidates(pl_module, self.exclude)
         sizes = self._overridden([*layers, *self._left_alone], self.size, self.overrides)
-        last = list(weight_layers(pl_module))[-1:]
+        last = _last_layers(pl_module)
         for name in layers:
-            reason = why_not_shared(layers[name], self.over, sizes[name], is_last=[name] == last)
+            reason = why_not_shared(layers[name], self.over, sizes[name], is_last=name in last)
             if reason:
                 self._left_alone[name] = reason
         self._check_none_named("overrides", list(self.overrides))
@@ -212,3 +218,11 @@ class FilterSharing(DecomposingCompressor):
     @override
     def _check_state_fits(self, pl_module: pl.LightningModule) -> None:
         self._check_same_layers(list(self._state.groups), list(self._sizes), "shared filters")
+
+
+def _last_layers(pl_module: nn.Module) -> set[str]:
+    """Return the last layer of a module and of each network in it: what they make is likely to be returned."""
+    networks = {"": pl_module, **{f"{name}.": child for name, child in pl_module.named_children()}}
+    layers = {prefix: list(weight_layers(network)) for prefix, network in networks.items()}
+    found = {f"{prefix}{names[-1]}" for prefix, names in layers.items() if names}
+    return {name for name in found if not name.endswith(".")}  # a child that is a layer itself is no network

@@ -363,7 +363,8 @@ class OnnxExport(Exporter):
         self, chosen: pl.LightningModule, network: nn.Module, calls: Sequence[CallArguments], progress: ProgressLine
     ) -> nn.Module:
         below = f"{self._called}." if self._called else ""
-        record = {name: found for name, found in compact_record(chosen).items() if name.startswith(below)}
+        whole = compact_record(chosen)
+        record = {name: found for name, found in whole.items() if name.startswith(below) or name == self._called}
         if not record:
             if lost := lost_layers(chosen):
                 self._notes.append(
@@ -378,8 +379,12 @@ class OnnxExport(Exporter):
             return network
         progress.tell("putting small layers for shared and factorised ones")
         small = compact(chosen).model.get_submodule(self._called)
-        own = {name.removeprefix(below): found for name, found in record.items()}
-        check_compacted(network, small, own, [(call.args, call.kwargs) for call in calls])
+        pairs = [(call.args, call.kwargs) for call in calls]
+        if self._called in record:  # the network is one such layer itself
+            check_compacted(nn.Sequential(network), nn.Sequential(small), {"0": record[self._called]}, pairs)
+        else:
+            own = {name.removeprefix(below): found for name, found in record.items()}
+            check_compacted(network, small, own, pairs)
         return small
 
     def _collect_by_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_compress.decomposition.layers import factor_layers, shared_layer
 from lightning_compress.decomposition.low_rank import full_rank
 from lightning_compress.errors import CompressionError
+from lightning_compress.selection import TRANSPOSED_LAYERS
 
 CompactRecord = dict[str, dict[str, Any]]
 """What stands for each layer, by its name: ``{"over": "inputs", "groups": [[0, 3], [1, 2]]}`` of shared filters, or
@@ -38,10 +39,16 @@ def compact_(model: nn.Module, record: Mapping[str, Mapping[str, Any]]) -> None:
     modules = dict(model.named_modules())
     for name, found in record.items():
         layer = modules.get(name)
-        if layer is None or not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+        if (
+            layer is None
+            or not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)
+            or isinstance(layer, TRANSPOSED_LAYERS)
+            or getattr(layer, "groups", 1) != 1
+        ):
             raise CompressionError(
                 f"The record of small layers is that of another architecture: `{type(model).__name__}` has no layer "
-                f"`{name}`."
+                f"`{name}` that small ones could stand for. Where it makes its layers in `configure_model`, call that "
+                "first."
             )
         _check_fits(name, layer, found)
         small = (

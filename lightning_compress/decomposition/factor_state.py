@@ -118,15 +118,24 @@ class FactorState:
         return not self.broken(weights)
 
     def broken(self, weights: Mapping[str, Tensor]) -> list[str]:
-        """Return the layers whose weights are of a higher rank."""
+        """Return the layers whose weights are of a higher rank, not finite, of another shape or not there."""
         found = []
-        for name in self.bases:
+        for name, basis in self.bases.items():
+            if not self._fits(name, basis, weights.get(name)):
+                found.append(name)
+                continue
             matrix = as_matrix(weights[name].detach(), self.schemes[name])
             # Averages of the weights lie in other directions.
             is_in_basis = rank_error(matrix, self.bases[name].to(matrix.device)) <= ON_RANK
             if not is_in_basis and rank_error(matrix, best_basis(matrix, self.ranks[name])) > ON_RANK:
                 found.append(name)
         return found
+
+    def _fits(self, name: str, basis: Tensor, weight: Tensor | None) -> bool:
+        if weight is None or (self.schemes[name] == "spatial" and weight.dim() != 4):
+            return False
+        matrix = as_matrix(weight.detach(), self.schemes[name])
+        return basis.shape[0] == min(matrix.shape) and bool(torch.isfinite(matrix).all())
 
     def record(self) -> dict[str, dict[str, Any]]:
         """Return which layers are factorised, in the form of a `CompactRecord`."""
@@ -135,8 +144,8 @@ class FactorState:
     def save(self) -> dict[str, Any]:
         """Return the state as tensors and plain types."""
         return {
-            "ranks": self.ranks,
-            "schemes": self.schemes,
+            "ranks": dict(self.ranks),
+            "schemes": dict(self.schemes),
             "bases": {name: basis.cpu() for name, basis in self.bases.items()},
             "complete": self.complete,
             "settings": self.settings,

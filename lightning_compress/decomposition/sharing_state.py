@@ -111,10 +111,15 @@ class SharingState:
         return not self.broken(weights)
 
     def broken(self, weights: Mapping[str, Tensor]) -> list[str]:
-        """Return the layers in which filters of a group differ."""
+        """Return the layers in which filters of a group differ, are not finite, as many no more, or not there."""
         found = []
         for name, groups in self.groups.items():
-            weight = weights[name].detach()
+            weight = weights.get(name)
+            n_channels = sum(map(len, groups))
+            if weight is None or weight.shape[dim_of(self.over)] != n_channels or not torch.isfinite(weight).all():
+                found.append(name)
+                continue
+            weight = weight.detach()
             gap = spread(weight, dim_of(self.over), stacked(groups, weight.device))
             if gap > TIED * float(weight.float().square().mean().sqrt()):
                 found.append(name)
@@ -130,7 +135,7 @@ class SharingState:
 
     def save(self) -> dict[str, Any]:
         """Return the state as plain types."""
-        return {"groups": self.groups, "over": self.over, "closed": self.closed, "settings": self.settings}
+        return {"groups": dict(self.groups), "over": self.over, "closed": self.closed, "settings": self.settings}
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Take over what `save` returned; an empty dict clears it.

@@ -25,7 +25,7 @@ from lightning_compress import (
     load_compressed_state,
     save_compressed,
 )
-from lightning_compress.callbacks.compacting import check_compacted
+from lightning_compress.callbacks.compacting import check_compacted, compact_record
 from lightning_compress.errors import CompressionError
 from tests.callbacks.decomposed import IMAGES, fit, kernel_shapes, macs, outputs
 from tests.compatibility.runs import LIGHTNING_NOISE, outputs_of
@@ -145,9 +145,9 @@ def test_a_layer_whose_weight_is_read_is_named_when_the_small_ones_are_compared(
     with (
         pytest.raises(
             CompressionError,
-            match=r"^With small layers the network computes something else: the largest difference is inf of the "
-            r"largest output\. The layers that break it: `fc`\. Leave them out with `exclude=\[\.\.\.\]` of "
-            r"`FilterSharing` or `Factorize`\.$",
+            match=r"^With small layers the network computes something else: its forward fails \('Sequential' object "
+            r"has no attribute 'weight'\)\. The layers that break it: `fc`\. Leave them out with "
+            r"`exclude=\[\.\.\.\]` of `FilterSharing` or `Factorize`\.$",
         ),
         pytest.warns(UserWarning, match="weights are kept in"),
     ):
@@ -168,9 +168,10 @@ def test_a_model_without_shared_or_factorised_layers_is_told(tmp_path: Path) -> 
     for model in (nn.Linear(2, 2), LayersOnSelf()):
         with pytest.raises(
             CompressionError,
-            match=rf"^`{type(model).__name__}` has no shared and no factorised layers: it is no LightningModule that "
-            r"was trained with `FilterSharing` or `Factorize`\. `compact_like\(model, record\)` takes the record of "
-            r"one that was\.$",
+            match=rf"^Nothing is known of shared or factorised layers of `{type(model).__name__}`: it is no "
+            r"LightningModule that was trained with `FilterSharing` or `Factorize` in this process, or it was stripped "
+            r"since\. Load a checkpoint with `load_compressed_state`; `compact_like\(model, record\)` takes the record "
+            r"of one that was\.$",
         ):
             compact(model)
     with pytest.raises(
@@ -180,3 +181,70 @@ def test_a_model_without_shared_or_factorised_layers_is_told(tmp_path: Path) -> 
         r"as ever, with `load_from_checkpoint`\.$",
     ):
         load_compressed_state(LayersOnSelf(), {"state_dict": LayersOnSelf().state_dict()})
+
+
+@pytest.mark.parametrize("callback", [Factorize(2), FilterSharing(2)])
+@pytest.mark.parametrize("change", ["NaN", "another head", "small layers"])
+def test_layers_that_have_become_others_are_named_and_exported_in_full_shape(
+    callback: L.Callback, change: str, tmp_path: Path
+) -> None:
+    module = fit(tmp_path, callback)
+    record = compact(module).record
+    if change == "NaN":
+        with torch.no_grad():
+            module.fc.weight[0, 0] = torch.nan
+    elif change == "another head":
+        module.fc = nn.Linear(8, 4)
+        module.conv2 = nn.Conv2d(8, 8, 5, padding=2)
+    else:
+        compact_like(module, record)
+    with pytest.raises(CompressionError, match="they were replaced, trained on without"):
+        compact(module)
+    assert compact_record(module) == {}
+
+
+def test_a_network_that_is_one_small_layer_is_written_as_such(tmp_path: Path) -> None:
+    fit(tmp_path, Factorize(2), OnnxExport(tmp_path / "model.onnx", latency=False, module="fc"))
+    assert (2, 8) in kernel_shapes(tmp_path / "model.onnx") or (8, 2) in kernel_shapes(tmp_path / "model.onnx")
+
+
+def test_spawned_processes_tell_that_they_leave_nothing_but_weights(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lightning.pytorch.strategies import DDPStrategy
+
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
+    fit(tmp_path, Factorize(2), strategy=strategy, devices=1)
+    assert "bring back the weights alone, not what `Factorize` knows of them" in capfd.readouterr().err
+
+
+def test_a_frozen_layer_is_told(tmp_path: Path) -> None:
+    module = LayersOnSelf()
+    module.conv2.requires_grad_(False)
+    with pytest.warns(UserWarning, match="`Factorize` changes frozen layers, which no gradient can repair: `conv2`"):
+        fit(tmp_path, Factorize(2), module=module)
+
+
+class WithTeacher(LayersOnSelf):
+    """Layers in two networks, the second made after the first: what both return is spared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+
+def test_the_last_layer_of_each_network_keeps_its_outputs(tmp_path: Path) -> None:
+    sharing = FilterSharing(2, over="outputs")
+    fit(tmp_path, sharing, module=WithTeacher())
+    assert "other.2" not in sharing.groups
+    assert "other.0" in sharing.groups
+    assert sharing.left_alone["other.2"] == "is the last layer, whose outputs are those of the model"
+
+
+def test_an_override_of_what_stays_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"^`overrides` names 'fc', and `layers` leaves all of it as it is\. Add it to `layers`, or take it out "
+        r"of `overrides`\.$",
+    ):
+        fit(tmp_path, Factorize(2, layers=["conv2"], overrides={"fc": 1}))

@@ -186,8 +186,14 @@ def test_a_record_is_plain_and_brings_the_layers_back() -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"x": {"scheme": "channel", "rank": 1}}, r"`Sequential` has no layer `x`\.$"),
-        ({"1": {"scheme": "channel", "rank": 1}}, r"`Sequential` has no layer `1`\.$"),
+        (
+            {"x": {"scheme": "channel", "rank": 1}},
+            r"`Sequential` has no layer `x` that small ones could stand for\.",
+        ),
+        (
+            {"1": {"scheme": "channel", "rank": 1}},
+            r"`Sequential` has no layer `1` that small ones could stand for\.",
+        ),
         ({"0": {"over": "inputs", "groups": [[0], [1]]}}, r"it groups 2 inputs of `0`, which has 4\.$"),
         (
             {"0": {"scheme": "channel", "rank": 5}},

@@ -153,7 +153,7 @@ def _groups(run: LabelledRun) -> tuple[list[ChannelGroup], dict[str, str]]:
             for label in set(roots.flatten().tolist()):
                 reasons.setdefault(label, f"they meet the parameter `{name}`, which has no dimension for them")
         else:
-            sides[name, f"dim{dim}"] = roots.movedim(dim, 0).flatten(1)[:, 0]
+            sides[name, f"dim{dim}"] = roots.movedim(dim, 0).reshape(roots.shape[dim], -1)[:, 0]
     partitions = _partitions(run, reasons)
     frozen_sets = {partitions[label][0]: reason for label, reason in reasons.items() if label in partitions}
     for label, (number, _) in partitions.items():
@@ -201,7 +201,7 @@ def _groups(run: LabelledRun) -> tuple[list[ChannelGroup], dict[str, str]]:
 
 
 def _varies_alone(roots: Tensor, dim: int) -> bool:
-    rows = roots.movedim(dim, 0).flatten(1)
+    rows = roots.movedim(dim, 0).reshape(roots.shape[dim], -1)
     return bool((rows == rows[:, :1]).all()) and len(set(rows[:, 0].tolist())) == len(rows)
 
 

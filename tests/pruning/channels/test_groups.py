@@ -349,3 +349,24 @@ def test_what_a_scripted_module_reads_stays_and_the_rest_goes() -> None:
     found = find_channel_groups(WithScript(), [torch.rand(2, 4)])
     assert [places_of(group) for group in found.groups] == [["second.out", "third.in"]]
     assert found.left_alone == {"first": "a scripted module reads them", "third": "the model returns them"}
+
+
+class Shifted(nn.Module):
+    """A bare parameter of one dimension beside the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 2, 1)
+        self.shift = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x) + self.shift.view(-1, 1, 1))  # type: ignore[no-any-return]
+
+
+def test_a_parameter_of_one_dimension_goes_with_its_channels() -> None:
+    (group,) = find_channel_groups(Shifted(), [torch.rand(2, 1, 3, 3)]).groups
+    assert {(member.module, member.side) for member in group.members} == {
+        ("first", "out"),
+        ("shift", "dim0"),
+        ("second", "in"),
+    }
