@@ -210,7 +210,7 @@ def _plot(accuracies: Mapping[str, Sequence[float]], path: Path) -> None:
     axes.axvline(0.0, color="gray", linewidth=1)
     axes.set_yticks(range(len(others)), others)
     axes.invert_yaxis()
-    axes.set_xlabel("test accuracy against the student alone, points; mean and 95 % interval over seeds")
+    axes.set_xlabel("test accuracy against the student alone, points\nmean and 95 % interval over seeds")
     figure.savefig(path, dpi=130)
 
 
