@@ -234,8 +234,8 @@ def test_a_second_fit_without_the_callback_unties_them(tmp_path: Path) -> None:
     with pytest.raises(
         CompressionError,
         match=r"^The layers `conv2`, `fc` of `LayersOnSelf` are no longer shared or of a low rank: they were "
-        r"replaced, trained on without `FilterSharing` or `Factorize`, or have become NaN\. Fit with the callback again, "
-        r"from finite weights\.$",
+        r"replaced, trained on without `FilterSharing` or `Factorize`, or have become NaN\. Fit with the callback "
+        r"again, from finite weights\.$",
     ):
         compact(module)
 
