@@ -217,21 +217,19 @@ def _integer_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
 
 
 def _parts(quantizer: WeightQuantizer, tensor: Tensor) -> IntegerWeight | FrequencyWeight:
-    integers, scales = quantizer.integers(tensor)
-    integers = integers if quantizer.axis == 0 else integers.transpose(0, quantizer.axis)
-    weight = IntegerWeight(integers.cpu().contiguous(), scales.detach().cpu(), quantizer.axis)
+    integers, scales = quantizer.integers(tensor)  # output channels first
+    own_order = integers if quantizer.axis == 0 else integers.transpose(0, quantizer.axis)
+    weight = IntegerWeight(own_order.cpu().contiguous(), scales.detach().cpu(), quantizer.axis)
     coefficients = quantizer.coefficients_of(tensor)
     if coefficients is None:
         return weight
-    steps = quantizer.coefficient_step(tensor).detach()
-    codes = coefficients.integers(tensor.transpose(0, quantizer.axis), steps)
+    rows, steps = tensor.transpose(0, quantizer.axis), quantizer.coefficient_step(tensor).detach()
+    codes = coefficients.integers(rows, steps)
     assert coefficients.ratios is not None
-    block, rows = coefficients.transform.block, tensor.transpose(0, quantizer.axis)
+    block, bits = coefficients.transform.block, quantizer.integer_bits
     decoded = decoded_weight(codes, steps, coefficients.ratios, rows.shape, block)
-    is_whole = torch.equal(integer_weight(decoded, quantizer.integer_bits)[0], quantizer.integers(tensor)[0])
-    return FrequencyWeight(
-        codes.cpu(), steps.cpu(), coefficients.ratios.cpu(), weight, block, quantizer.integer_bits, is_whole
-    )
+    is_whole = torch.equal(integer_weight(decoded, bits)[0], integers)
+    return FrequencyWeight(codes.cpu(), steps.cpu(), coefficients.ratios.cpu(), weight, block, bits, is_whole)
 
 
 def _tied(tensors: Mapping[str, Tensor]) -> list[list[str]]:
